@@ -1,0 +1,61 @@
+"""What a sampler gives to the loop: the one interface that vLLM and the embedded sampler both fill.
+
+A policy is a PEFT folder. The loop writes the folder, tells the sampler to load it, and asks for
+completions; where they are computed is the sampler's business.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+
+Progress = Callable[[int, int], None]
+"""Called with (completions, tokens) that have newly arrived."""
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One sampled answer: exactly the tokens that were sampled, the end token included.
+
+    `logprobs[t]` is the sampler's own log-probability of `token_ids[t]`, at the temperature of the
+    request (processed logprobs, in vLLM's words).
+    """
+
+    token_ids: list[int]
+    logprobs: list[float]
+    finish_reason: Literal["stop", "length"]
+
+
+class Sampler(Protocol):
+    """A place where completions are sampled from the base model plus the loaded adapter."""
+
+    def load(self, folder: Path) -> None:
+        """Sample from the adapter in this PEFT folder from now on. A folder is never reused."""
+
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        seeds: Sequence[int],
+        group_size: int = 1,
+        temperature: float = 1.0,
+        max_tokens: int | None = None,
+        progress: Progress | None = None,
+    ) -> list[list[Completion]]:
+        """Sample `group_size` completions of each prompt (token ids) -> [P][G].
+
+        `seeds` has one integer in [0, 2**31) a prompt, see `prompt_seeds`; equal seeds and adapters
+        give equal completions. Temperature 0 is greedy. `max_tokens`: fewer than the sampler's own.
+        """
+
+    def close(self) -> None:
+        """Give back what the sampler holds (connections, loaded adapters)."""
+
+
+def prompt_seeds(seed: int, step: int, n: int) -> list[int]:
+    """A seed in [0, 2**31) for each of a step's n prompts: a hash of (seed, step, place), so that
+    they lie far apart (vLLM gives completion g of a prompt the prompt's seed + g)."""
+    state = np.random.SeedSequence((seed, step)).generate_state(n)
+    return (state >> 1).tolist()
