@@ -1,0 +1,190 @@
+"""The files of a run folder that are text: config.json, metrics.jsonl, rollouts/.
+
+A file that is written whole goes to a temporary name first and is renamed, so that a reader, or a
+run that is killed, never sees half of one.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from jgrpo.errors import InputError
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "transformers", "datasets", "vllm")
+
+
+def next_run_dir(base_dir: str | Path) -> Path:
+    """Create and return `base_dir/N`, N one above the largest there.
+
+    Two runs that start at once get two folders: creating it is the claim.
+    """
+    base = Path(base_dir)
+    try:
+        base.mkdir(parents=True, exist_ok=True)
+        n = max((int(d.name) for d in base.iterdir() if d.name.isdecimal()), default=0) + 1
+        while True:
+            try:
+                (base / str(n)).mkdir()
+                return base / str(n)
+            except FileExistsError:
+                n += 1
+    except OSError as error:
+        raise InputError(f"base_dir={base_dir}: {error}; give a folder to write to") from error
+
+
+def named_run_dir(run_dir: str | Path) -> Path:
+    """Create and return `run_dir`. Raises InputError if there is something in it already."""
+    folder = Path(run_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if used := sorted(f.name for f in folder.iterdir()):
+            raise InputError(
+                f"run_dir={run_dir}: must be new or empty, has {', '.join(used[:4])}; "
+                f"--resume {run_dir} goes on with it"
+            )
+    except OSError as error:
+        raise InputError(f"run_dir={run_dir}: {error}; give a folder to write to") from error
+    return folder
+
+
+def jsonable(value: Any) -> Any:
+    """The value as JSON can hold it: arrays as lists, NaN and inf as None."""
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, Mapping):
+        return {str(k): jsonable(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(v) for v in value]
+    if isinstance(value, Path):
+        return str(value)
+    if not isinstance(value, float):
+        return jsonable(value.tolist())  # numpy and jax: scalars and arrays alike
+    return value if math.isfinite(value) else None
+
+
+def json_line(row: Mapping[str, Any]) -> str:
+    return json.dumps(jsonable(row), allow_nan=False) + "\n"
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a file under a temporary name beside it, then rename it over `file`."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, "utf-8")
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_rollouts(run_dir: Path, step: int, rows: Iterable[Mapping[str, Any]]) -> Path:
+    """Write a step's completions, a line each -> `rollouts/step_000003.jsonl`."""
+    file = run_dir / "rollouts" / f"step_{step:06d}.jsonl"
+    file.parent.mkdir(exist_ok=True)
+    write_whole(file, "".join(map(json_line, rows)))
+    return file
+
+
+def write_config(run_dir: Path, config: Any, extra: Mapping[str, Any]) -> Path:
+    """Write config.json: the options under "config", and what else it takes to repeat the run.
+
+    `config` is a dataclass instance; `extra` adds keys at the top (devices, data report, ...).
+    """
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    options = dataclasses.asdict(config)
+    content = {
+        "config": options,
+        "seed": options.get("seed"),
+        "command": shlex.join(sys.orig_argv),
+        "git_commit": _git_commit(),
+        "versions": versions,
+        "hardware": {"platform": platform.platform(), "cpus": os.cpu_count(), "cpu": _cpu_name()},
+        **extra,
+    }
+    write_whole(run_dir / "config.json", json.dumps(jsonable(content), indent=2) + "\n")
+    return run_dir / "config.json"
+
+
+def read_config(run_dir: str | Path) -> dict[str, Any]:
+    """What `write_config` wrote; the options are under "config"."""
+    file = Path(run_dir) / "config.json"
+    try:
+        content = json.loads(file.read_text("utf-8"))
+    except OSError as error:
+        raise InputError(f"{run_dir}: not a run folder: {error}") from error
+    except ValueError as error:
+        raise InputError(f"{file}: not JSON: {error}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
+        raise InputError(f'{file}: has no "config": not written by jgrpo.train')
+    return content
+
+
+def _git_commit() -> str | None:
+    """HEAD of the clone that this package runs from, `+changes` if edited; None without one."""
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        head = _git(root, "rev-parse", "HEAD")
+        changes = _git(root, "status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return head + ("+changes" if changes else "")
+
+
+def _git(root: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(root), *arguments]
+    done = subprocess.run(command, check=True, timeout=10, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, in order. A last line that was cut off in mid-write is skipped.
+
+    Raises InputError if there is no such file, or another line is not a metrics line.
+    """
+    file = Path(run_dir) / "metrics.jsonl"
+    if not file.is_file():
+        raise InputError(f"{run_dir}: not a run folder: it has no metrics.jsonl")
+    lines = file.read_text("utf-8", errors="replace").split("\n")
+    rows: list[dict[str, Any]] = []
+    for n, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            rows.append({"step": int(row["step"]), **row})
+        except (ValueError, TypeError, KeyError):
+            if line.strip() and n < len(lines):
+                raise InputError(
+                    f"{file}, line {n}: not a metrics line: {line!r:.80}; remove it"
+                ) from None
+    return rows
+
+
+def truncate_metrics(run_dir: Path, last_step: int) -> None:
+    """Keep the lines of steps up to `last_step`; the rest is about to be computed again."""
+    file = run_dir / "metrics.jsonl"
+    if file.is_file():
+        kept = [row for row in read_metrics(run_dir) if row["step"] <= last_step]
+        write_whole(file, "".join(map(json_line, kept)))

@@ -1,0 +1,76 @@
+"""The model's own tokenizer: loading it, the ids that end a completion, and its chat template."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import huggingface_hub
+from huggingface_hub.errors import EntryNotFoundError
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from jgrpo.errors import InputError
+
+
+def load_tokenizer(model_id: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a hub id or folder; code that a model brings along is never run."""
+    try:
+        return AutoTokenizer.from_pretrained(model_id, trust_remote_code=False)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise InputError(
+            f"model_id={model_id}: no tokenizer could be loaded ({type(error).__name__}: "
+            f"{str(error).strip().splitlines()[0]}); give a folder with tokenizer.json and "
+            "tokenizer_config.json, or a hub id that this machine can reach"
+        ) from error
+
+
+def stop_token_ids(tokenizer: PreTrainedTokenizerBase, model_id: str) -> tuple[int, ...]:
+    """The ids that end a completion, sorted: the tokenizer's, generation_config's and config's.
+
+    They differ (Qwen3 chat: 151645; its generation_config adds 151643). A hub file that cannot be
+    reached counts as absent. Raises InputError if no id is found.
+    """
+    ids = {tokenizer.eos_token_id}
+    for name in ("generation_config.json", "config.json"):
+        eos = _read_model_json(model_id, name).get("eos_token_id")
+        ids.update(eos if isinstance(eos, list) else [eos])
+    if not (stop := sorted(i for i in ids if i is not None)):
+        raise InputError(
+            f"model_id={model_id}: no eos_token_id in the tokenizer, generation_config.json or "
+            "config.json: completions could never end; set one in generation_config.json"
+        )
+    return tuple(stop)
+
+
+def _read_model_json(model_id: str, name: str) -> dict[str, Any]:
+    try:
+        file = Path(model_id) / name
+        if not Path(model_id).is_dir():
+            file = Path(huggingface_hub.hf_hub_download(model_id, name))
+        return json.loads(file.read_text("utf-8"))
+    except (FileNotFoundError, EntryNotFoundError):
+        return {}
+    except (OSError, ValueError) as error:
+        raise InputError(f"model_id={model_id}: {name}: {error}") from error
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, enable_thinking: bool
+) -> tuple[list[str], list[tuple[int, ...]]]:
+    """Each user message as the model reads it: text and ids, up to where its answer begins.
+
+    With a chat template the template writes every special token, so the tokenizer adds none (no
+    second BOS). Without one the message is continued as plain text.
+    """
+    has_template = tokenizer.chat_template is not None
+    if not texts:
+        return [], []
+    prompts = list(texts)
+    if has_template:
+        chats = [[{"role": "user", "content": text}] for text in texts]
+        rendered = tokenizer.apply_chat_template(
+            chats, tokenize=False, add_generation_prompt=True, enable_thinking=enable_thinking
+        )
+        prompts = cast(list[str], rendered)
+    ids = tokenizer(prompts, add_special_tokens=not has_template)["input_ids"]
+    return prompts, [tuple(row) for row in ids]
