@@ -1,0 +1,60 @@
+"""Orbax checkpoints: adapter, optimizer state and step; enough to go on as if nothing had happened.
+
+Everything else that a step depends on (prompt order, seeds) is a function of the config and the
+step. Arrays are stored under readable names, so that no class of ours has to be unpickled.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from jgrpo.errors import InputError
+
+Tree = Any
+
+
+class Checkpoints:
+    """The checkpoints of a run folder; the last two are kept. Each appears whole or not at all."""
+
+    def __init__(self, run_dir: Path, *, keep: int = 2):
+        self.folder = (Path(run_dir) / "checkpoints").absolute()
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, enable_async_checkpointing=False, step_format_fixed_length=6
+        )
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def save(self, step: int, state: Tree) -> None:
+        """Write the state after `step`, unless it is there already."""
+        if step not in self._manager.all_steps():
+            self._manager.save(step, args=ocp.args.StandardSave(_by_name(state)))
+
+    def latest_step(self) -> int:
+        """The last step that was saved. InputError if there is none."""
+        step = self._manager.latest_step()
+        if step is None:
+            raise InputError(f"{self.folder} holds no checkpoint to resume from")
+        return step
+
+    def restore(self, step: int, like: Tree) -> Tree:
+        """The state after `step`, in the structure of `like`. InputError if it does not fit."""
+        wanted = _by_name(like)
+        abstract = {name: ocp.utils.to_shape_dtype_struct(x) for name, x in wanted.items()}
+        try:
+            saved = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+        except (ValueError, KeyError, OSError) as error:
+            raise InputError(
+                f"checkpoint {step} in {self.folder} does not fit this run: {error}"
+            ) from error
+        leaves = [saved[name] for name in wanted]
+        return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+    def close(self) -> None:
+        self._manager.close()
+
+
+def _by_name(tree: Tree) -> dict[str, np.ndarray | jax.Array]:
+    paths, _ = jax.tree.flatten_with_path(tree)
+    return {jax.tree_util.keystr(path): leaf for path, leaf in paths}

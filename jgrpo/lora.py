@@ -1,0 +1,66 @@
+"""A dense layer with a frozen kernel and a low-rank adapter: y = x W + (alpha / R) (x A) B.
+
+LoRA: Hu et al. 2021, https://arxiv.org/abs/2106.09685, section 4.1. No dropout and no bias: the
+study uses neither, and both would make the policy that is trained differ from the one sampled.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+class LoRAParam(nnx.Param):
+    """Marks the adapter's arrays, so that `nnx.split(model, LoRAParam, ...)` finds them."""
+
+
+class LoRADense(nnx.Module):
+    """x [..., in] -> [..., out]; kernel [in, out] in `dtype`, A [in, R] and B [R, out] in float32.
+
+    With rank 0 there is no adapter. A starts uniform in +-1/sqrt(in), B at zero, as in PEFT
+    (kaiming_uniform with a = sqrt(5)); a fresh adapter therefore changes nothing.
+    """
+
+    def __init__(self, fan_in, fan_out, *, rank, alpha, use_bias, dtype, rngs: nnx.Rngs):
+        normal = nnx.initializers.normal(0.02)
+        self.kernel = nnx.Param(normal(rngs.params(), (fan_in, fan_out), dtype))
+        self.bias = nnx.Param(jnp.zeros(fan_out, dtype)) if use_bias else None
+        self.lora_A = LoRAParam(_uniform(rngs.params(), (fan_in, rank))) if rank else None
+        self.lora_B = LoRAParam(jnp.zeros((rank, fan_out))) if rank else None
+        self.scale = alpha / rank if rank else 0.0
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x @ self.kernel[...]
+        if self.bias is not None:
+            y += self.bias[...]
+        if self.lora_A is not None and self.lora_B is not None:
+            a, b = self.lora_A[...].astype(x.dtype), self.lora_B[...].astype(x.dtype)
+            y += (x @ a) @ b * self.scale
+        return y
+
+
+def split(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+    """A model's structure, its adapter, and its frozen base; `nnx.merge` puts them together."""
+    graph, adapter, base = nnx.split(model, LoRAParam, ...)  # type: ignore[misc]
+    return graph, adapter, base
+
+
+def _uniform(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    bound = 1 / math.sqrt(shape[-2])
+    return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+
+
+def fresh_adapter(like: nnx.State, seed: int) -> nnx.State:
+    """A new adapter with the shapes of `like` (stacked: A [L, in, R], B [L, R, out])."""
+    leaves = nnx.to_flat_state(like)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    return nnx.from_flat_state(
+        (
+            path,
+            leaf.replace(
+                _uniform(key, leaf.shape) if path[-1] == "lora_A" else jnp.zeros(leaf.shape)
+            ),
+        )
+        for key, (path, leaf) in zip(keys, leaves, strict=True)
+    )

@@ -1,0 +1,185 @@
+"""A Hugging Face folder of safetensors -> the model: every tensor used, every parameter filled.
+
+Our names are the checkpoint's, but for the leaf: kernel, scale and embedding are all `weight`
+there, kernels are transposed, and layers are stacked. One stacked parameter is read at a time,
+straight into its final array, so that a second copy of the model never exists.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from transformers import AutoConfig, PretrainedConfig
+
+from jgrpo.errors import InputError
+from jgrpo.lora import fresh_adapter, split
+from jgrpo.model import Decoder, ModelConfig
+
+LEAF_NAMES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
+MAX_PROBLEMS_SHOWN = 12
+FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer*"]
+
+
+def model_folder(model_id: str) -> Path:
+    """The folder of a model: itself if it is one, else the hub's (downloaded once, then cached)."""
+    if Path(model_id).is_dir():
+        return Path(model_id)
+    try:
+        return Path(snapshot_download(model_id, allow_patterns=FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise InputError(
+            f"model_id={model_id!r} is neither a folder here nor to be had from the hub "
+            f"({type(error).__name__}: {str(error).splitlines()[0]}). Check the spelling and the "
+            "network, or download the model elsewhere and give its folder."
+        ) from error
+
+
+def model_config(folder: Path) -> ModelConfig:
+    """The shape of the model in a folder. Raises InputError for what we cannot run."""
+    if not (folder / "config.json").is_file():
+        raise InputError(f"model folder {folder} has no config.json")
+    try:
+        hf = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, KeyError, OSError) as error:
+        raise InputError(f"{folder}/config.json cannot be read: {error}") from error
+    try:
+        return ModelConfig.from_hf(hf)
+    except InputError as error:
+        raise InputError(f"{folder}/config.json: {error}") from None
+
+
+def load_model(
+    folder: Path,
+    *,
+    dtype: str = "float32",
+    rank: int = 0,
+    alpha: float = 32,
+    target_modules: tuple[str, ...] = (),
+    seed: int = 0,
+) -> Decoder:
+    """The model of a folder in `dtype`, with a fresh float32 adapter if rank > 0.
+
+    InputError lists every tensor that is missing, unexpected or of another shape, before any is
+    read.
+    """
+    config = model_config(folder)
+    model = nnx.eval_shape(
+        lambda: Decoder(
+            config,
+            rngs=nnx.Rngs(0),
+            dtype=dtype,
+            rank=rank,
+            alpha=alpha,
+            target_modules=target_modules,
+        )
+    )
+    graph, adapter, base = split(model)
+    with ExitStack() as files:
+        tensors = _open_all(folder, files)
+        flat = list(nnx.to_flat_state(base))
+        _check(folder, tensors, flat, config)
+        base = nnx.from_flat_state(
+            (path, leaf.replace(_read(tensors, path, leaf))) for path, leaf in flat
+        )
+    return nnx.merge(graph, fresh_adapter(adapter, seed), base)
+
+
+def tensor_names(path: tuple, n_layers: int) -> list[str]:
+    """Checkpoint names of one of our parameters: one, or one a layer if it is stacked."""
+    name = ".".join((*map(str, path[:-1]), LEAF_NAMES[path[-1]]))
+    if not name.startswith("model.layers."):
+        return [name]
+    return [name.replace("model.layers.", f"model.layers.{i}.") for i in range(n_layers)]
+
+
+def _open_all(folder: Path, files: ExitStack) -> dict:
+    """Tensor name -> the open file that holds it."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    else:
+        names = ["model.safetensors"]
+    tensors: dict = {}
+    for name in names:
+        if not (folder / name).is_file():
+            raise InputError(f"model folder {folder} has no {name}")
+        try:
+            file = files.enter_context(safe_open(folder / name, framework="numpy"))
+        except SafetensorError as error:
+            raise InputError(f"{folder / name} is damaged ({error}); download it again") from error
+        if twice := sorted(set(tensors) & set(file.keys())):
+            raise InputError(f"{folder / name}: {twice[0]} is in another file as well")
+        tensors.update(dict.fromkeys(file.keys(), file))
+    return tensors
+
+
+def _problems(tensors: dict, flat: list, config: ModelConfig) -> Iterator[str]:
+    unused = set(tensors) - {n for n in tensors if n.endswith("rotary_emb.inv_freq")}
+    if config.tied_head:
+        unused -= {"lm_head.weight"}  # a copy of the embedding that some tools write
+    for path, leaf in flat:
+        names = tensor_names(path, config.n_layers)
+        shape = leaf.shape[1:] if len(names) > 1 or path[1] == "layers" else leaf.shape
+        wanted = list(shape[::-1] if path[-1] == "kernel" else shape)
+        for name in names:
+            if name not in unused:
+                yield f"{name} is missing (shape {wanted})"
+                continue
+            unused.remove(name)
+            tensor = tensors[name].get_slice(name)
+            if list(tensor.get_shape()) != wanted:
+                yield f"{name} has shape {tensor.get_shape()}, config.json makes it {wanted}"
+            if tensor.get_dtype() not in ("F32", "BF16", "F16"):
+                yield f"{name} is of type {tensor.get_dtype()}, not F32, BF16 or F16"
+    yield from (f"{name} is not a parameter of this architecture" for name in sorted(unused))
+
+
+def _check(folder: Path, tensors: dict, flat: list, config: ModelConfig) -> None:
+    problems = list(_problems(tensors, flat, config))
+    if problems:
+        shown = problems[:MAX_PROBLEMS_SHOWN]
+        if len(problems) > len(shown):
+            shown.append(f"... and {len(problems) - len(shown)} more")
+        raise InputError(
+            f"the weights in {folder} do not fit its config.json:\n  " + "\n  ".join(shown)
+        )
+
+
+def _read(tensors: dict, path: tuple, leaf) -> jax.Array:
+    stacked = path[1] == "layers"
+    names = tensor_names(path, leaf.shape[0])
+    array = np.empty(leaf.shape, jnp.dtype(leaf.dtype))
+    for i, name in enumerate(names):
+        tensor = tensors[name].get_tensor(name)
+        target = array[i] if stacked else array
+        target[...] = tensor.T if path[-1] == "kernel" else tensor
+    return jnp.asarray(array)
+
+
+def save_model(model: Decoder, folder: Path, hf_config: PretrainedConfig, dtype: str) -> None:
+    """Write the base as a Hugging Face folder: config.json and model.safetensors."""
+    tensors: dict[str, np.ndarray] = {}
+    for path, leaf in nnx.to_flat_state(split(model)[2]):
+        array = np.asarray(leaf[...]).astype(jnp.dtype(dtype))
+        array = array.swapaxes(-1, -2) if path[-1] == "kernel" else array
+        names = tensor_names(path, model.config.n_layers)
+        parts = array if path[1] == "layers" else [array]
+        tensors.update((n, np.ascontiguousarray(x)) for n, x in zip(names, parts, strict=True))
+    hf_config.dtype = dtype
+    hf_config.save_pretrained(folder)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def n_bytes(state: nnx.State) -> int:
+    """Memory of the arrays in a state."""
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state))
