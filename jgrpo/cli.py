@@ -1,0 +1,117 @@
+"""The command line: `--config FILE`, and a flag for every field of Config.
+
+The file gives the defaults, flags override it, `--help` shows what would run. Nothing heavy is
+imported here, so that help and mistakes are answered at once.
+"""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import tyro
+
+from jgrpo.config import Config, load_config
+from jgrpo.errors import InputError
+from jgrpo.rundir import read_config
+
+STUDY_FLAGS = {"--no_std_norm": "--no_use_std_norm"}
+"""Flags of the PyTorch study that are named otherwise here."""
+CHANGEABLE_ON_RESUME = {
+    "n_grpo_steps", "vllm_url", "vllm_timeout_s", "micro_batch_size", "gradient_checkpointing",
+    "eval_every", "checkpoint_every", "grader_timeout_s", "grader_workers", "max_logprob_diff",
+}  # fmt: skip
+"""Options that a resumed run may change: none of them changes what is computed for a step."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """What every command is asked for."""
+
+    config: Path | None = None
+    """Config file (Python that defines `config`): its values become the defaults below."""
+    options: tyro.conf.OmitArgPrefixes[Config] = field(default_factory=Config)
+
+
+@dataclass(frozen=True)
+class Train(Command):
+    """Train a LoRA adapter by GRPO against a verifiable reward."""
+
+    resume: Path | None = None
+    """Run folder to go on with, from its last checkpoint and with its own config."""
+
+
+@dataclass(frozen=True)
+class Evaluate(Command):
+    """Greedy accuracy on the evaluation problems, of the base model or of an adapter."""
+
+    adapter: Path | None = None
+    """PEFT folder of the adapter; without it, the base model is evaluated."""
+    out: Path | None = None
+    """File for the completions, a JSON line each."""
+
+
+@dataclass(frozen=True)
+class Serve(Command):
+    """Start vLLM with exactly the options that a config needs; what follows `--` goes to vLLM."""
+
+    print: bool = False
+    """Show the command and stop."""
+
+
+C = TypeVar("C", bound=Command)
+
+
+def parse(kind: type[C], argv: Sequence[str] | None = None) -> C:
+    """Read the command line of one of the commands above. InputError for what cannot be used."""
+    args = [STUDY_FLAGS.get(a, a) for a in (sys.argv[1:] if argv is None else argv)]
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first.add_argument("--config", type=Path)
+    first.add_argument("--resume", type=Path)
+    try:
+        given, _ = first.parse_known_args(args)
+    except argparse.ArgumentError:
+        given = argparse.Namespace(config=None, resume=None)  # tyro says what is wrong
+    config = Config()
+    if given.resume is not None and kind is Train:
+        if given.config is not None:
+            raise InputError("--resume goes on with the run's own config; leave --config away")
+        config = resumed_config(given.resume)
+    elif given.config is not None:
+        config = load_config(given.config)
+    command = tyro.cli(
+        kind,
+        args=args,
+        default=kind(options=config),
+        prog=f"python -m jgrpo.{kind.__name__.lower()}",
+        use_underscores=True,
+    )
+    if isinstance(command, Train) and command.resume is not None:
+        _check_resume(config, command.options)
+    return command
+
+
+def resumed_config(run: Path) -> Config:
+    """The config that a run was started with. InputError if it is not one of this version's."""
+    saved = read_config(run)["config"]
+    known = {f.name for f in dataclasses.fields(Config)}
+    if odd := sorted(set(saved) ^ known):
+        raise InputError(f"{run}/config.json is of another version: it differs in {odd}")
+    return Config(**saved)
+
+
+def _check_resume(saved: Config, asked: Config) -> None:
+    changed = [
+        f"{f.name}: {getattr(saved, f.name)!r} -> {getattr(asked, f.name)!r}"
+        for f in dataclasses.fields(Config)
+        if getattr(saved, f.name) != getattr(asked, f.name) and f.name not in CHANGEABLE_ON_RESUME
+    ]
+    if changed:
+        raise InputError(
+            "a resumed run cannot change what it computes:\n  "
+            + "\n  ".join(changed)
+            + f"\nIt may change: {', '.join(sorted(CHANGEABLE_ON_RESUME))}"
+        )

