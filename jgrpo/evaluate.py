@@ -1,0 +1,77 @@
+"""Evaluate: python -m jgrpo.evaluate --config FILE [--adapter DIR] [--out FILE].
+
+Greedy accuracy on the config's evaluation problems; the last line printed is one JSON object.
+"""
+
+from jgrpo import cli
+from jgrpo.errors import exit_status
+
+if __name__ == "__main__":  # before JAX is imported: help and mistakes are answered at once
+    with exit_status():
+        COMMAND = cli.parse(cli.Evaluate)
+
+import json
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+from rich.progress import Progress
+
+from jgrpo.adapter import read_config
+from jgrpo.config import Config
+from jgrpo.rundir import json_line, write_whole
+from jgrpo.session import (
+    enable_compilation_cache,
+    evaluate,
+    open_grader,
+    open_policy,
+    open_problems,
+    open_sampler,
+)
+
+
+def run(config: Config, adapter: Path | None, out: Path | None) -> dict[str, float]:
+    """Evaluate the base, or the adapter in a PEFT folder, and print what came out."""
+    enable_compilation_cache()
+    if adapter is not None:
+        shape = read_config(adapter)
+        config = replace(
+            config,
+            lora_r=shape.rank,
+            lora_alpha=shape.alpha,
+            lora_target_modules=shape.target_modules,
+        )
+    with ExitStack() as stack:
+        problems = open_problems(config)
+        grader = open_grader(config, stack)
+        policy = open_policy(config)
+        sampler = open_sampler(config, policy, problems.stop_token_ids, "evaluate")
+        stack.callback(sampler.close)
+        if adapter is not None:
+            sampler.load(adapter)
+        grader.self_test()
+        n = len(problems.evaluation)
+        with Progress(transient=True) as bars:
+            task = bars.add_task(f"{n} problems", total=n)
+            advance = lambda done, tokens: bars.advance(task, done)  # noqa: E731
+            metrics, completions, grades = evaluate(sampler, grader, problems, advance)
+    if out is not None:
+        rows = zip(problems.evaluation, completions, grades.correct[:, 0], strict=True)
+        lines = (
+            {
+                "problem": problem.problem,
+                "completion": problems.text(completion),
+                "gold": problem.gold,
+                "correct": bool(correct),
+                "finish_reason": completion.finish_reason,
+            }
+            for problem, completion, correct in rows
+        )
+        write_whole(out, "".join(map(json_line, lines)))
+    print(json.dumps({"adapter": str(adapter) if adapter else None, **metrics}))
+    return metrics
+
+
+if __name__ == "__main__":
+    with exit_status():
+        run(COMMAND.options, COMMAND.adapter, COMMAND.out)

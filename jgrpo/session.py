@@ -1,0 +1,249 @@
+"""What a config names, opened in the order in which bad input shows first; and what `train` and
+`evaluate` both do with it: score the policy on the evaluation problems, and prove that the sampler
+really samples from the adapter that it was given."""
+
+import os
+import shlex
+import shutil
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from transformers import PreTrainedTokenizerBase
+
+from jgrpo import adapter as adapters
+from jgrpo.adapter import AdapterConfig
+from jgrpo.batch import Rows, micro_batches
+from jgrpo.config import Config
+from jgrpo.errors import RunError
+from jgrpo.logprobs import token_logprobs
+from jgrpo.lora import fresh_adapter, split
+from jgrpo.prompts import Problem, load_problems
+from jgrpo.rewards import Grader, Grades
+from jgrpo.rollout import Completion, Progress, Sampler, prompt_seeds
+from jgrpo.sampler import JaxSampler
+from jgrpo.tokenizer import load_tokenizer, stop_token_ids
+from jgrpo.vllm import VllmSampler
+from jgrpo.weights import load_model, model_config, model_folder
+
+PROBE_PROMPTS, PROBE_TOKENS, PROBE_SHIFT_NATS = 4, 16, 0.3
+
+
+@dataclass(frozen=True)
+class Problems:
+    """The tokenizer, and what is asked."""
+
+    tokenizer: PreTrainedTokenizerBase
+    stop_token_ids: tuple[int, ...]
+    train: list[Problem]
+    evaluation: list[Problem]
+    report: list[str]
+
+    def text(self, completion: Completion) -> str:
+        """A completion as text, without its end token."""
+        return str(self.tokenizer.decode(completion.token_ids, skip_special_tokens=True))
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The model, split into structure, adapter and frozen base."""
+
+    graph: nnx.GraphDef
+    adapter: nnx.State
+    base: nnx.State
+
+
+def enable_compilation_cache() -> None:
+    """Keep compiled programs on disk (JAX_COMPILATION_CACHE_DIR, else ~/.cache/jgrpo/xla)."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "jgrpo" / "xla"
+    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(default))
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def open_problems(config: Config) -> Problems:
+    """Tokenizer and problems; the model's config is read too, so that all bad input shows."""
+    folder = str(model_folder(config.model_id))
+    model_config(Path(folder))
+    tokenizer = load_tokenizer(folder)
+    train, evaluation, report = load_problems(
+        tokenizer,
+        dataset_path=config.dataset_path,
+        dataset_split=config.dataset_split,
+        eval_dataset_path=config.eval_dataset_path,
+        eval_split=config.eval_split,
+        prompt_template=config.prompt_template,
+        enable_thinking=config.enable_thinking,
+        max_prompt_tokens=config.max_prompt_tokens,
+        n_eval_prompts=config.n_eval_prompts,
+    )
+    stops = stop_token_ids(tokenizer, folder)
+    return Problems(tokenizer, stops, train, evaluation, report)
+
+
+def open_policy(config: Config) -> Policy:
+    """The base model with a fresh adapter."""
+    model = load_model(
+        model_folder(config.model_id),
+        dtype=config.dtype,
+        rank=config.lora_r,
+        alpha=config.lora_alpha,
+        target_modules=config.lora_target_modules,
+        seed=config.seed,
+    )
+    return Policy(*split(model))
+
+
+def open_sampler(config: Config, policy: Policy, stops: Sequence[int], run_id: str) -> Sampler:
+    """The sampler that the config asks for; RunError if the server cannot be used."""
+    if config.rollout == "jax":
+        return JaxSampler(
+            policy.graph,
+            policy.adapter,
+            policy.base,
+            stop_token_ids=stops,
+            max_tokens=config.max_tokens,
+            max_rows=config.n_completions_per_step,
+        )
+    flags = {"model_id": config.model_id, "lora_r": config.lora_r, "dtype": config.dtype,
+             "max_prompt_tokens": config.max_prompt_tokens, "max_tokens": config.max_tokens,
+             "vllm_url": config.vllm_urls[0]}  # fmt: skip
+    words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+    return VllmSampler(
+        config.vllm_urls,
+        run_id=run_id,
+        max_tokens=config.max_tokens,
+        max_model_len=config.max_model_len,
+        stop_token_ids=stops,
+        timeout_s=config.vllm_timeout_s,
+        start_command=shlex.join(["python", "-m", "jgrpo.serve", *words]),
+    )
+
+
+def open_grader(config: Config, stack: ExitStack) -> Grader:
+    """A grader whose workers start in the background; call its self_test before the first step."""
+    grader = Grader(max_workers=config.grader_workers, timeout_s=config.grader_timeout_s)
+    return stack.enter_context(grader)
+
+
+def evaluate(
+    sampler: Sampler, grader: Grader, problems: Problems, progress: Progress | None = None
+) -> tuple[dict[str, float], list[Completion], Grades]:
+    """Greedy accuracy on the evaluation problems -> metrics, completions, grades."""
+    asked = problems.evaluation
+    groups = sampler.sample(
+        [p.prompt_ids for p in asked], seeds=[0] * len(asked), temperature=0.0, progress=progress
+    )
+    grades = grader.grade([[problems.text(c) for c in g] for g in groups], [p.gold for p in asked])
+    completions = [group[0] for group in groups]
+    correct = float(grades.correct.sum())
+    metrics = {
+        "eval/accuracy": correct / len(asked),
+        "eval/correct": correct,
+        "eval/total": float(len(asked)),
+        "eval/boxed_fraction": float(grades.boxed.mean()),
+        "eval/truncated_fraction": float(
+            np.mean([c.finish_reason == "length" for c in completions])
+        ),
+        "eval/avg_gen_length": float(np.mean([len(c.token_ids) for c in completions])),
+    }
+    return metrics, completions, grades
+
+
+# -- does the sampler use the adapter? --------------------------------------------------------
+
+
+def check_sampler(
+    config: Config, policy: Policy, sampler: Sampler, problems: Problems, folder: Path
+) -> dict[str, float]:
+    """Prove that adapters take effect: sample from a probe adapter that changes the policy visibly
+    (PROBE_SHIFT_NATS a token), and compare the sampler's logprobs with the trainer's.
+
+    Returns the gap to the probe and to the base. Raises RunError if the sampler does not follow
+    the adapter (a fresh one, B = 0, would look right even if it were ignored).
+    """
+    prompts = [list(p.prompt_ids) for p in problems.train[:PROBE_PROMPTS]]
+    probe = _probe_adapter(policy, prompts, config)
+    shutil.rmtree(folder, ignore_errors=True)
+    shape = AdapterConfig(config.lora_r, config.lora_alpha, config.lora_target_modules)
+    adapters.save(probe, folder, shape, config.model_id)
+    sampler.load(folder)
+    completions = [
+        group[0]
+        for group in sampler.sample(
+            prompts,
+            seeds=prompt_seeds(config.seed, 0, len(prompts)),
+            temperature=config.temperature,
+            max_tokens=min(PROBE_TOKENS, config.max_tokens),
+        )
+    ]
+    tokens = [c.token_ids for c in completions]
+    reported = np.concatenate([c.logprobs for c in completions])
+    to_probe = np.abs(reported - _logprobs(policy, probe, prompts, tokens, config.temperature))
+    to_base = np.abs(
+        reported - _logprobs(policy, policy.adapter, prompts, tokens, config.temperature)
+    )
+    gaps = {"probe/gap_mean": to_probe.mean(), "probe/gap_max": to_probe.max(),
+            "probe/gap_to_base_mean": to_base.mean()}  # fmt: skip
+    figures = (
+        f"on {len(reported)} tokens sampled from a probe adapter, |logprob of the sampler - of the "
+        f"trainer| is {to_probe.mean():.2g} on average and {to_probe.max():.2g} at most; to the "
+        f"trainer without the adapter it is {to_base.mean():.2g} on average"
+    )
+    if to_probe.mean() > to_base.mean() / 5:
+        raise RunError(
+            f"the sampler does not follow the adapter: {figures}. Does the server hold the same "
+            f"base model ({config.model_id}) in the same dtype, and the whole adapter?"
+        )
+    if to_probe.max() > config.max_logprob_diff:
+        raise RunError(
+            f"the sampler's policy is not the trainer's: {figures}, above max_logprob_diff="
+            f"{config.max_logprob_diff}. Same dtype? processed logprobs? (python -m jgrpo.serve "
+            "starts the server as the trainer needs it)"
+        )
+    return {name: float(value) for name, value in gaps.items()}
+
+
+def _probe_adapter(policy: Policy, prompts: list[list[int]], config: Config) -> nnx.State:
+    """A random adapter, with B as large as it takes to shift the prompts' logprobs visibly."""
+    fresh = fresh_adapter(policy.adapter, config.seed + 1)
+    flat = nnx.to_flat_state(fresh)
+    keys = jax.random.split(jax.random.key(config.seed + 1), len(flat))
+    heads, tails = [p[:1] for p in prompts], [p[1:] for p in prompts]
+    before = _logprobs(policy, policy.adapter, heads, tails, 1.0)
+    for power in range(-13, 3):
+        probe = nnx.from_flat_state(
+            (path, leaf.replace(2.0**power * jax.random.normal(key, leaf.shape)))
+            if path[-1] == "lora_B"
+            else (path, leaf)
+            for key, (path, leaf) in zip(keys, flat, strict=True)
+        )
+        shift = np.abs(_logprobs(policy, probe, heads, tails, 1.0) - before).mean()
+        if shift > PROBE_SHIFT_NATS:
+            return probe
+    raise RunError("no adapter changes this model's logprobs: are its weights all zero?")
+
+
+def _logprobs(policy, adapter, prompts, completions, temperature) -> np.ndarray:
+    """The trainer's logprobs of all completion tokens, one after another."""
+    blank = [[0.0] * len(c) for c in completions]
+    rows = Rows(prompts, completions, blank, np.zeros(len(prompts), np.float32))
+    values = []
+    for i in range(len(prompts)):
+        length = len(prompts[i]) + len(completions[i])
+        (batch,) = micro_batches(rows, np.array([i]), micro_batch_size=1, max_model_len=length)
+        logprobs = _jitted_logprobs(policy.graph, adapter, policy.base, batch, temperature)
+        values.append(np.asarray(logprobs)[batch.mask > 0])
+    return np.concatenate(values)
+
+
+@jax.jit(static_argnums=0)
+def _jitted_logprobs(graph, adapter, base, batch, temperature):
+    model = nnx.merge(graph, adapter, base)
+    return token_logprobs(model, jnp.asarray(batch.ids), batch.segments, batch.mask,
+                          temperature=temperature)[0]  # fmt: skip
