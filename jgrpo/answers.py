@@ -5,22 +5,17 @@ benchmark does it: Hendrycks et al., 2021), exact rational numbers, and symbolic
 math-verify. The answer's shape (tuple, interval, set, list, union, matrix) is taken apart here, so
 that the later stages see scalars only: math-verify holds `(1,2)` and `1,2` for the same.
 
-Nothing here evaluates text as Python. sympy's `sympify` and `parse_expr` would; math-verify calls
-them for its `ExprExtractionConfig`, which is therefore never passed, and for the numbers in LaTeX,
-which are therefore read here (`_read_number`). Left out on purpose: decimals that only approximate
-a gold answer, conversion of units, degrees against radians.
+Nothing evaluates text as Python. Left out on purpose: decimals that only approximate a gold answer,
+conversion of units, degrees against radians.
 """
 
-import contextlib
-import logging
 import re
-import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 
-MAX_CHARS = 1000
-"""Longer answers are compared as they stand, without normalisation."""
+from jgrpo.algebra import OutOfTime, deadline, is_safe, same_by_algebra, variables
+from jgrpo.latex import MAX_CHARS, named, normalize, parts, split
+
 IN_PROCESS_LIMIT_S = 5.0
 """Seconds that `is_correct` may spend in sympy."""
 
@@ -31,67 +26,12 @@ _BOX = re.compile(
 )
 _BARE_BOX_END = re.compile(r"\$|\n|\\\)|\\\]|$")
 
-_UNICODE = str.maketrans(
-    {
-        "\N{MINUS SIGN}": "-", "\N{EN DASH}": "-", "\N{NO-BREAK SPACE}": " ", '"': "",
-        "\N{MULTIPLICATION SIGN}": r"\cdot ", "·": r"\cdot ", "π": r"\pi ", "√": r"\sqrt ",
-        "\N{UNION}": r"\cup ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "°": r"^\circ ",
-        "²": "^2", "³": "^3",
-    }
-)  # fmt: skip
-_GROUP = r"\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\}"
-_REWRITES = tuple(
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        (r"\s+", " "),
-        (r"\\\\(?=[a-z]{2})", r"\\"),  # doubled escapes: \\frac
-        (r"\\\\", "\n"),  # a matrix row, from here on
-        (r"\\\$|\$|\\[()\[\]]", ""),
-        (r"\\(?:left|right|[bB]ig+[lr]?|displaystyle|textstyle)(?![A-Za-z])\.?", ""),
-        (r"(?<=[0-9])(?:\{,\}|, ?\\! ?|\\! ?, ?)(?=[0-9]{3}(?![0-9]))", ""),
-        (r"\\!", ""),
-        (r"(?: |~|\\[,;:> ]|\\q?quad(?![A-Za-z]))+", " "),
-        (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
-        (
-            r"\\(?:text(?:bf|it|rm|sf|normal)?|math(?:rm|bf|it|sf)|mbox|operatorname) ?"
-            r"\{([^{}]*)\}",
-            r'"\1"',  # in quotes from here on: may be a unit
-        ),
-        (r'" ?,? ?(?:and|or) ?"|(?<=[^A-Za-z"]) (?:and|or) ', ","),
-        (r'"([^"]*,[^"]*)"', r"\1"),
-        (r", ?,", ","),
-        (r"\^ ?(?:\{ ?\\circ ?\}|\\circ(?![A-Za-z]))|\\degree(?![A-Za-z])", ""),
-        (r"\\%| ?\b[pP]ercent\b", "%"),
-        (r"(?<![A-Za-z\\])sqrt ?\(([^()]*)\)", r"\\sqrt{\1}"),
-        (r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi "),
-        (r"\\sqrt ?([0-9A-Za-z]|\\pi)", r"\\sqrt{\1}"),
-        (r"\\frac ?([0-9A-Za-z]|\\pi)", r"\\frac{\1}"),
-        (rf"\\frac({_GROUP}) ?([0-9A-Za-z]|\\pi)", r"\\frac\1{\2}"),
-        (r"\\times(?![A-Za-z])|\*", r"\\cdot "),
-        (r"\\le(?:q|qslant)?(?![A-Za-z])", r"\\le "),
-        (r"\\ge(?:q|qslant)?(?![A-Za-z])", r"\\ge "),
-        # `6 3/4` is a mixed number; without its space it would be 63/4.
-        (r"(?<![0-9.] )(?<![0-9.])([0-9]+) +([0-9]+) ?/ ?([0-9]+)", r"\1\\frac{\2}{\3}"),
-        (r"(?<=[0-9]) (?=[0-9]{3}(?![0-9]))", ""),
-        (r"(?<=[0-9]) (?=[0-9])", "~"),  # `1 2` is not 12
-        (r'(\\[A-Za-z]+) +(?=[A-Za-z])|(?<![A-Za-z]) +| +(?![A-Za-z])|(?<=") +', r"\1 "),
-        (r"([\^_])\{([0-9A-Za-z])\}", r"\1\2"),
-        (r"(?<![0-9])\.(?=[0-9])", "0."),
-    )
-)
-_KEPT_SPACE = re.compile(r"(\\[A-Za-z]+ (?=[A-Za-z]))| +")
-
 _DECIMAL = r"[0-9]+(?:\.[0-9]*)?"
 _NUMBER = re.compile(
     rf"(?P<sign>[-+]?)(?:(?P<whole>[0-9]*)\\frac\{{(?P<a>-?{_DECIMAL})\}}\{{(?P<b>-?{_DECIMAL})\}}"
     rf"|(?P<c>{_DECIMAL})(?:/(?P<d>{_DECIMAL})|\\cdot10\^\{{?(?P<e>-?[0-9]{{1,3}})\}}?)?)"
 )
 _THOUSANDS = re.compile(r"[^0-9,()\[\]{}]*[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?(?![0-9])[^0-9,]*")
-_NAME = re.compile(
-    r"((?:m?\\angle ?)?[A-Za-z](?:[A-Z]{1,2})?'?(?:_(?:\{\w+\}|\w))?(?:\([a-z](?:,[a-z])*\))?"
-    r'|\\[a-z]+|"[^"]*"|\([a-z](?:,[a-z])+\))(?:=|\\in(?![a-z])) ?'
-)
-_MATRIX = re.compile(r"\\begin\{([pbBvV]?)matrix\}(.*)\\end\{\1matrix\}", re.DOTALL)
 _UNITS = {
     alias: unit
     for unit, aliases in {
@@ -109,17 +49,6 @@ _UNITS = {
 _UNIT = re.compile(
     r'(?P<value>.*[^"]) ?(?:"(?P<text>[^"]*)"|(?<=[0-9}%])(?P<bare>[A-Za-z]{2,}))'
     r"(?:\^\{?(?P<power>[23])\}?)?\.?"
-)
-_UNSAFE = re.compile(  # long integers, factorials, 9^9^9, high roots, bases, binomials
-    r"[0-9]{40}|[0-9]{3}!|[^0-9]!|!!|\^[^{]\^|\\sqrt\[[0-9]{3}|[0-9]_"
-    r"|[0-9][eE][-+]?[0-9]{3}|\\binom[^A-Za-z]*[0-9]{4}"
-)
-_FUNCTIONS = frozenset(
-    ("sin", "cos", "tan", "sec", "csc", "cot", "arcsin", "arccos", "arctan", "log", "ln")
-)
-_GREEK = frozenset(("alpha", "beta", "gamma", "delta", "theta", "lambda", "mu", "phi", "omega"))
-_COMMANDS = (
-    _FUNCTIONS | _GREEK | {"frac", "sqrt", "pi", "cdot", "div", "infty", "le", "ge", "binom"}
 )
 
 
@@ -152,25 +81,6 @@ def last_boxed(text: str) -> str | None:
     return text[best_start:best_end].strip()
 
 
-def normalize(answer: str) -> str:
-    r"""Return `answer` with one spelling for what MATH's graders take as one answer.
-
-    \dfrac \frac12 \sqrt2 .5 10,\!000 90^\circ \$5 \left( x^{2} and spaces; \text{east} becomes
-    "east" (in quotes) and percent stays as %: whether they count depends on where they stand.
-    Trap: `1,000` stays as it is, for it may be a list. Longer than MAX_CHARS: only stripped.
-    """
-    if len(answer) > MAX_CHARS:
-        return answer.strip()
-    text = answer.translate(_UNICODE)
-    for pattern, replacement in _REWRITES:
-        text = pattern.sub(replacement, text)
-    text = _KEPT_SPACE.sub(lambda match: match[1] or "", text).strip(" \n")
-    text = re.sub(r"[.,;:]+$", "", text.lstrip("+"))
-    while text.startswith("{") and _closing(text) == len(text) - 1:
-        text = text[1:-1]
-    return text
-
-
 def same_text(answer: str, gold: str) -> bool:
     """Return whether both normalise to one string, percent signs and quotes aside; empty never."""
     return _plain(normalize(answer)) == _plain(normalize(gold)) != ""
@@ -193,7 +103,9 @@ def same_symbolically(answer: str, gold: str) -> bool:
 
     def by_math_verify(a: str, b: str) -> bool:
         verdict = _same_scalar(a, b)
-        return _verify(a, b) if verdict is None else verdict
+        if verdict is None:
+            return same_by_algebra(_plain(_unit(a)[0]), _plain(_unit(b)[0]))
+        return verdict
 
     return bool(_same(normalize(answer), normalize(gold), by_math_verify))
 
@@ -212,35 +124,11 @@ def is_correct(completion: str, gold: str) -> bool:
         try:
             import math_verify  # noqa: F401  (a deadline in mid-import would leave half a sympy)
 
-            with _deadline(IN_PROCESS_LIMIT_S):
+            with deadline(IN_PROCESS_LIMIT_S):
                 verdict = same_symbolically(answer, gold)
-        except (Exception, _OutOfTime):  # what sympy cannot read or finish is not the gold answer
+        except (Exception, OutOfTime):  # what sympy cannot read or finish is not the gold answer
             verdict = False
     return verdict
-
-
-class _OutOfTime(BaseException):
-    """No Exception, because sympy and math-verify swallow those."""
-
-
-@contextlib.contextmanager
-def _deadline(limit_s: float) -> Iterator[None]:
-    """Raise _OutOfTime at the first Python call after `limit_s`; in any thread, unlike a signal.
-
-    Cannot interrupt one long operation inside C: `_is_safe` keeps powers, the only such, small.
-    """
-    before = sys.getprofile()
-    end_s = time.monotonic() + limit_s
-
-    def check_clock(*_: object) -> None:
-        if time.monotonic() > end_s:
-            raise _OutOfTime
-
-    sys.setprofile(check_clock)
-    try:
-        yield
-    finally:
-        sys.setprofile(before)
 
 
 _Leaf = Callable[[str, str], bool | None]
@@ -261,22 +149,22 @@ def _same(a: str, b: str, leaf: _Leaf) -> bool | None:
             return _same(joined_a, joined_b, leaf)
         if _same(joined_a, joined_b, leaf):
             return True
-    elements_a, elements_b = _split(a, ","), _split(b, ",")
+    elements_a, elements_b = split(a, ","), split(b, ",")
     if len(elements_a) == len(elements_b) == 1:
-        (name_a, value_a), (name_b, value_b) = _named(elements_a[0]), _named(elements_b[0])
+        (name_a, value_a), (name_b, value_b) = named(elements_a[0]), named(elements_b[0])
         if name_a and name_b and name_a != name_b and "(" not in name_a + name_b:
             return False
         rests_equal_sided = ("=" in value_a) == ("=" in value_b)
         if (name_a or name_b) and rests_equal_sided:
             return _same(value_a, value_b, leaf)
-        kind_a, parts_a = _parts(elements_a[0])
-        kind_b, parts_b = _parts(elements_b[0])
+        kind_a, parts_a = parts(elements_a[0])
+        kind_b, parts_b = parts(elements_b[0])
     else:
-        names_a, names_b = ({_named(e)[0] for e in es} - {""} for es in (elements_a, elements_b))
+        names_a, names_b = ({named(e)[0] for e in es} - {""} for es in (elements_a, elements_b))
         if len(names_a | names_b) > 1 and names_a != names_b:
             return False
-        kind_a, parts_a = _parts(a)
-        kind_b, parts_b = _parts(b)
+        kind_a, parts_a = parts(a)
+        kind_b, parts_b = parts(b)
     if kind_a == kind_b == "":
         return leaf(a, b)
     if kind_a != kind_b or len(parts_a) != len(parts_b):
@@ -311,65 +199,6 @@ def _same_unordered(a: Sequence[str], b: Sequence[str], leaf: _Leaf) -> bool | N
     return None if undecided else True
 
 
-def _parts(s: str) -> tuple[str, list[str]]:
-    """Return (kind, parts): "set" (also a bare list), "union", brackets, "matrix"; scalar: ""."""
-    elements = _split(s, ",")
-    expanded = [e for element in elements for e in _plus_minus(element)]
-    if len(expanded) > 1:
-        return "set", expanded
-    if len(sets := _split(s, r"\cup")) > 1:
-        return "union", sets
-    if matrix := _MATRIX.fullmatch(s):
-        rows = [row.split("&") for row in matrix[2].strip("\n").split("\n")]
-        kind = "determinant" if matrix[1] in ("v", "V") else "matrix"
-        return f"{kind} {[len(row) for row in rows]}", [cell for row in rows for cell in row]
-    if s.startswith(r"\{") and s.endswith(r"\}") and _closing(s) == len(s) - 1:
-        inside = _split(s[2:-2], ",")
-        return _parts(inside[0]) if len(inside) == 1 and inside[0] else ("set", inside)
-    if s[0] in "([" and _closing(s) == len(s) - 1:
-        inside = _split(s[1:-1], ",")
-        if len(inside) > 1:
-            return s[0] + s[-1], inside
-        if s[0] + s[-1] == "()":
-            return _parts(inside[0]) if inside[0] else ("", [s])
-    return "", [s]
-
-
-def _split(s: str, separator: str) -> list[str]:
-    """Split at the separators that stand outside all brackets."""
-    pieces, depth, start = [], 0, 0
-    for match in re.finditer(r"\\cup(?![A-Za-z])|[{(\[]|[})\]]|,", s):
-        token = match[0]
-        depth += (token in "{([") - (token in "})]")
-        if token == separator and depth == 0:
-            pieces.append(s[start : match.start()].strip())
-            start = match.end()
-    return [*pieces, s[start:].strip()]
-
-
-def _closing(s: str) -> int:
-    """Return the index of the bracket that closes the first one in `s`, or -1."""
-    depth = 0
-    for match in re.finditer(r"[{(\[]|[})\]]", s):
-        depth += 1 if match[0] in "{([" else -1
-        if depth == 0:
-            return match.start()
-    return -1
-
-
-def _plus_minus(s: str) -> list[str]:
-    r"""`3\pm2` -> [`3+2`, `3-2`]; anything else alone."""
-    if s.count(r"\pm") != 1 or r"\mp" in s:
-        return [s]
-    return [re.sub(r"\\pm ?", sign, s).lstrip("+") for sign in "+-"]
-
-
-def _named(s: str) -> tuple[str, str]:
-    r"""`x=5` and `x\in5` -> ("x", "5"); `V=2+3=5` -> ("V", "5"); no plain name: ("", s)."""
-    match = _NAME.match(s)
-    return (match[1], s[match.end() :].rsplit("=", 1)[-1]) if match else ("", s)
-
-
 def _plain(s: str) -> str:
     return s.replace('"', "").replace("%", "")
 
@@ -392,7 +221,7 @@ def _same_scalar(a: str, b: str) -> bool | None:
         if len(words_a) > 1 or '"' in value_a + value_b:  # but x is not X
             words_a, words_b = words_a.casefold(), words_b.casefold()
         return words_a == words_b != ""
-    if _variables(value_a) != _variables(value_b) or not (_is_safe(value_a) and _is_safe(value_b)):
+    if variables(value_a) != variables(value_b) or not (is_safe(value_a) and is_safe(value_b)):
         return False
     return None
 
@@ -432,73 +261,3 @@ def _is_words(s: str) -> bool:
     """Text rather than a product of variables, in which `seat` would be `east`."""
     bare = re.sub(r"\\[A-Za-z]+", "", s)
     return '"' in s or bool(re.search(r"[A-Za-z]{3}|[A-Z]{2}", bare)) or bare.isalpha()
-
-
-def _variables(s: str) -> set[str]:
-    """Letters that stand for variables; e and i are constants."""
-    return set(re.findall(r"[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", s))) - {"e", "i"}
-
-
-def _is_safe(s: str) -> bool:
-    """Return whether sympy should be quick on `s`: known commands, small powers, no towers."""
-    commands = re.findall(r"\\([A-Za-z]+)", s)
-    functions = [c for c in commands if c in _FUNCTIONS]
-    if (
-        len(s) > 300
-        or not re.fullmatch(r"[0-9A-Za-z+\-/^=<>().{}\[\]|! \\]*", s)
-        or not _COMMANDS.issuperset(commands)
-        or len(functions) > 4
-        or _UNSAFE.search(s)
-    ):
-        return False
-    depth = depth_max = 0
-    for c in s:
-        depth += (c in "{([") - (c in "})]")
-        depth_max = max(depth_max, depth)
-    powers = [(s[: m.start()], m[1]) for m in re.finditer(rf"\^({_GROUP}|[0-9])", s)]
-    return depth == 0 and depth_max <= 12 and _powers_are_small(powers)
-
-
-def _powers_are_small(powers: list[tuple[str, str]]) -> bool:
-    """Bound what expanding could cost: numeric exponents, and products of those on brackets."""
-    product = 1
-    for before, exponent in powers:
-        if exponent.count("^") > 1 or ("^" in exponent and not _variables(exponent)):
-            return False
-        size = 1
-        for digits in re.findall(r"[0-9]+", exponent):
-            size *= int(digits[:9]) or 1
-        if size > (10_000 if before[-1:].isdigit() else 100):
-            return False
-        if not before[-1:].isalnum():
-            product *= size
-    return product <= 200
-
-
-def _read_number(_: object, text: str) -> object:
-    """Return the exact sympy number of `1,000`, `0.5` or `1e9`; the first argument is a parser."""
-    import sympy
-
-    value = Fraction(text.replace(",", ""))
-    return sympy.Rational(value.numerator, value.denominator)
-
-
-def _verify(answer: str, gold: str) -> bool:
-    """math-verify on two scalars, with its LaTeX reader alone and its time limits off."""
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that there is no limit
-    from latex2sympy2_extended.latex2sympy2 import _Latex2Sympy
-    from math_verify import LatexExtractionConfig, parse, verify
-
-    _Latex2Sympy.parse_number = _read_number  # theirs ends in eval(text)
-    reader = [LatexExtractionConfig(boxed_match_priority=-1)]
-    read_gold, read_answer = (
-        parse(
-            f"${_plain(_unit(s)[0])}$", reader, fallback_mode="no_fallback", parsing_timeout=None,
-            raise_on_error=True,
-        )
-        for s in (gold, answer)
-    )  # fmt: skip
-    # By default floats (numbers in the answer are none, but f(3) may become one) have 6 decimals.
-    return bool(read_gold and read_answer) and verify(
-        read_gold, read_answer, float_rounding=12, timeout_seconds=None, raise_on_error=True
-    )

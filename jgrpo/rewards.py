@@ -1,6 +1,6 @@
 """Completions and gold answers -> rewards. Checks that need algebra run in processes that can die.
 
-A worker is a plain `python -c` child that loads answers.py by its path and talks in JSON lines. Not
+A worker is a plain `python -c` child that imports `answers` alone and talks in JSON lines. Not
 multiprocessing (or pebble, which builds on it): fork is unsafe under JAX's threads, and spawn and
 forkserver import the parent's __main__ again, that is, the whole trainer with JAX, once a worker.
 """
@@ -33,13 +33,12 @@ START_LIMIT_S = 120.0
 # before "ready" fill the parser's tables: the first ones take 0.1 s each, later ones 0.02 s. No
 # text is ever handed to sympy's eval_expr (answers.py); without it, one that was would be an error.
 _WORKER = r"""
-import importlib.util, json, resource, signal, sys
+import json, resource, signal, sys
 path, memory_bytes, limit_s = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
 resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
 try:
-    spec = importlib.util.spec_from_file_location("answers", path)
-    answers = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(answers)
+    sys.path.insert(0, path)
+    from jgrpo import answers
     for a, b in [(r"\frac{3}{2\sqrt{3}}", r"\frac{\sqrt{3}}{2}"), ("(x+1)^2", "x^2+2x+1"),
                  (r"9-2\sqrt5+\pi", r"\pi-2\sqrt5+9"), ("y-2x=3", "y=2x+3"), ("3+2i", "2i+3")]:
         answers.same_symbolically(a, b)
@@ -87,7 +86,7 @@ class _Worker:
         self._start()
 
     def _start(self) -> None:
-        arguments = [str(Path(answers.__file__).resolve()), str(WORKER_MEMORY_BYTES)]
+        arguments = [str(Path(answers.__file__).resolve().parents[1]), str(WORKER_MEMORY_BYTES)]
         self.process = subprocess.Popen(
             [sys.executable, "-c", _WORKER, *arguments, str(self.timeout_s)],
             stdin=subprocess.PIPE,

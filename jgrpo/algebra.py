@@ -1,0 +1,124 @@
+r"""Are two scalars equal by algebra? math-verify decides, kept from evaluating text and from
+running for ever.
+
+sympy's `sympify` and `parse_expr` evaluate text as Python; math-verify calls them for its
+`ExprExtractionConfig`, which is therefore never passed, and for the numbers in LaTeX, which are
+therefore read here (`_read_number`). sympy is imported when it is first needed.
+"""
+
+import contextlib
+import logging
+import re
+import sys
+import time
+from collections.abc import Iterator
+from fractions import Fraction
+
+from jgrpo.latex import GROUP
+
+_UNSAFE = re.compile(  # long integers, factorials, 9^9^9, high roots, bases, binomials
+    r"[0-9]{40}|[0-9]{3}!|[^0-9]!|!!|\^[^{]\^|\\sqrt\[[0-9]{3}|[0-9]_"
+    r"|[0-9][eE][-+]?[0-9]{3}|\\binom[^A-Za-z]*[0-9]{4}"
+)
+_FUNCTIONS = frozenset(
+    ("sin", "cos", "tan", "sec", "csc", "cot", "arcsin", "arccos", "arctan", "log", "ln")
+)
+_GREEK = frozenset(("alpha", "beta", "gamma", "delta", "theta", "lambda", "mu", "phi", "omega"))
+_COMMANDS = (
+    _FUNCTIONS | _GREEK | {"frac", "sqrt", "pi", "cdot", "div", "infty", "le", "ge", "binom"}
+)
+
+
+class OutOfTime(BaseException):
+    """No Exception, because sympy and math-verify swallow those."""
+
+
+@contextlib.contextmanager
+def deadline(limit_s: float) -> Iterator[None]:
+    """Raise OutOfTime at the first Python call after `limit_s` of CPU time; in any thread, unlike a
+    signal.
+
+    Cannot interrupt one long operation inside C: `is_safe` keeps powers, the only such, small.
+    """
+    before = sys.getprofile()
+    end_s = time.thread_time() + limit_s
+
+    def check_clock(*_: object) -> None:
+        if time.thread_time() > end_s:
+            raise OutOfTime
+
+    sys.setprofile(check_clock)
+    try:
+        yield
+    finally:
+        sys.setprofile(before)
+
+
+def variables(s: str) -> set[str]:
+    """Letters that stand for variables; e and i are constants."""
+    return set(re.findall(r"[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", s))) - {"e", "i"}
+
+
+def is_safe(s: str) -> bool:
+    """Return whether sympy should be quick on `s`: known commands, small powers, no towers."""
+    commands = re.findall(r"\\([A-Za-z]+)", s)
+    functions = [c for c in commands if c in _FUNCTIONS]
+    if (
+        len(s) > 300
+        or not re.fullmatch(r"[0-9A-Za-z+\-/^=<>().{}\[\]|! \\]*", s)
+        or not _COMMANDS.issuperset(commands)
+        or len(functions) > 4
+        or _UNSAFE.search(s)
+    ):
+        return False
+    depth = depth_max = 0
+    for c in s:
+        depth += (c in "{([") - (c in "})]")
+        depth_max = max(depth_max, depth)
+    powers = [(s[: m.start()], m[1]) for m in re.finditer(rf"\^({GROUP}|[0-9])", s)]
+    return depth == 0 and depth_max <= 12 and _powers_are_small(powers)
+
+
+def _powers_are_small(powers: list[tuple[str, str]]) -> bool:
+    """Bound what expanding could cost: numeric exponents, and products of those on brackets."""
+    product = 1
+    for before, exponent in powers:
+        if exponent.count("^") > 1 or ("^" in exponent and not variables(exponent)):
+            return False
+        size = 1
+        for digits in re.findall(r"[0-9]+", exponent):
+            size *= int(digits[:9]) or 1
+        if size > (10_000 if before[-1:].isdigit() else 100):
+            return False
+        if not before[-1:].isalnum():
+            product *= size
+    return product <= 200
+
+
+def _read_number(_: object, text: str) -> object:
+    """Return the exact sympy number of `1,000`, `0.5` or `1e9`; the first argument is a parser."""
+    import sympy
+
+    value = Fraction(text.replace(",", ""))
+    return sympy.Rational(value.numerator, value.denominator)
+
+
+def same_by_algebra(answer: str, gold: str) -> bool:
+    """math-verify on two scalars, with its LaTeX reader alone and its time limits off."""
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that there is no limit
+    from latex2sympy2_extended.latex2sympy2 import _Latex2Sympy
+    from math_verify import LatexExtractionConfig, parse, verify
+
+    _Latex2Sympy.parse_number = _read_number  # theirs ends in eval(text)
+    reader = [LatexExtractionConfig(boxed_match_priority=-1)]
+    read_gold, read_answer = (
+        parse(
+            f"${s}$", reader, fallback_mode="no_fallback", parsing_timeout=None,
+            raise_on_error=True,
+        )
+        for s in (gold, answer)
+    )  # fmt: skip
+    # By default floats (numbers in the answer are none, but f(3) may become one) have 6 decimals.
+    return bool(read_gold and read_answer) and verify(
+        read_gold, read_answer, float_rounding=12, timeout_seconds=None, raise_on_error=True
+    )
