@@ -66,7 +66,8 @@ def micro_batches(
     """The rows of `index` as micro-batches, longest first (so that a lack of memory shows early).
 
     A micro-batch of the longest bucket has micro_batch_size rows, one of a shorter bucket as many
-    more as hold the same number of tokens; the last is cut to a power of two of rows.
+    more as hold the same number of tokens. The last may have a quarter of the rows: two heights a
+    width, and no more, since each shape is a compilation.
     """
     tokens = micro_batch_size * bucket(max_model_len)
     lengths = np.array([len(rows.prompts[i]) + len(rows.completions[i]) for i in index])
@@ -77,7 +78,8 @@ def micro_batches(
         width = bucket(int(lengths[start]))
         height = max(1, tokens // width)
         taken = waiting[start : start + height]
-        height = min(height, 1 << (len(taken) - 1).bit_length())
+        if 4 * len(taken) <= height:
+            height //= 4
         batches.append(_fill(rows, taken, height, width))
         start += len(taken)
     return batches

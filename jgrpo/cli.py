@@ -6,6 +6,7 @@ imported here, so that help and mistakes are answered at once.
 
 import argparse
 import dataclasses
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,10 @@ from jgrpo.rundir import read_config
 
 STUDY_FLAGS = {"--no_std_norm": "--no_use_std_norm"}
 """Flags of the PyTorch study that are named otherwise here."""
+KEEP_FREED_MEMORY = (
+    "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=17179869184:"
+    "glibc.malloc.trim_threshold=17179869184"
+)
 CHANGEABLE_ON_RESUME = {
     "n_grpo_steps", "vllm_url", "vllm_timeout_s", "micro_batch_size", "gradient_checkpointing",
     "eval_every", "checkpoint_every", "grader_timeout_s", "grader_workers", "max_logprob_diff",
@@ -92,6 +97,18 @@ def parse(kind: type[C], argv: Sequence[str] | None = None) -> C:
     if isinstance(command, Train) and command.resume is not None:
         _check_resume(config, command.options)
     return command
+
+
+def tune_allocator() -> None:
+    """On Linux without a GPU, start this process again with glibc told to keep freed memory.
+
+    XLA's CPU client takes fresh memory for every execution; mapping it costs up to half of the
+    training time (docs/log.md), and the variable is read only when a process starts.
+    """
+    has_gpu = any(Path("/dev").glob("nvidia[0-9]*"))
+    if sys.platform == "linux" and not has_gpu and "GLIBC_TUNABLES" not in os.environ:
+        os.environ["GLIBC_TUNABLES"] = KEEP_FREED_MEMORY
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def resumed_config(run: Path) -> Config:

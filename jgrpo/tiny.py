@@ -27,6 +27,7 @@ from rich.progress import track
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config
 
+from jgrpo.cli import tune_allocator
 from jgrpo.logprobs import token_logprobs
 from jgrpo.model import Decoder, ModelConfig
 from jgrpo.weights import save_model
@@ -246,4 +247,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    tune_allocator()
     main()
