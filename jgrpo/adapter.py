@@ -18,6 +18,7 @@ from flax import nnx
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from jgrpo.config import PROJECTIONS
 from jgrpo.errors import InputError
 from jgrpo.lora import LoRAParam
 from jgrpo.model import Decoder
@@ -25,6 +26,7 @@ from jgrpo.model import Decoder
 PREFIX = "base_model.model."
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 UNSUPPORTED = {
+    "peft_type": "LORA",
     "use_dora": False,
     "bias": "none",
     "fan_in_fan_out": False,
@@ -33,7 +35,9 @@ UNSUPPORTED = {
     "layers_to_transform": None,
     "rank_pattern": {},
     "alpha_pattern": {},
+    "alora_invocation_tokens": None,
 }
+INIT_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
@@ -103,11 +107,15 @@ def read_config(folder: Path) -> AdapterConfig:
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{file} is damaged: {type(error).__name__}: {error}") from None
     odd = [k for k, plain in UNSUPPORTED.items() if peft.get(k) not in (plain, None)]
-    if peft.get("peft_type") != "LORA" or odd or not isinstance(targets, list):
+    if str(peft.get("init_lora_weights")).startswith(INIT_CHANGES_BASE):
+        odd.append("init_lora_weights")  # PEFT then trains against another base than the plain one
+    if odd or not isinstance(targets, list):
         what = ", ".join(f"{k}={peft[k]!r}" for k in odd) or f"target_modules={targets!r}"
         raise InputError(f"{file}: only plain LoRA with a list of targets is read, not {what}")
     if peft.get("use_rslora"):  # PEFT then scales by alpha / sqrt(r)
         alpha = alpha * math.sqrt(rank)
+    if unknown := sorted(set(targets) - set(PROJECTIONS)):
+        raise InputError(f"{file}: target_modules {unknown} are none of {', '.join(PROJECTIONS)}")
     return AdapterConfig(rank, alpha, tuple(targets))
 
 

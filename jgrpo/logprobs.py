@@ -1,9 +1,11 @@
 """Log-probability of each token given the ones before it: the only place that shifts by one, and
 the only one that divides by the temperature.
 
-The head (D -> V) runs over chunks of the tokens that are trained, and again in the backward pass,
-so that no [N, T, V] array ever exists; prompt and padding tokens never reach it.
+The head (D -> V) runs over chunks of the tokens that are trained, so that no [N, T, V] array ever
+exists; prompt and padding tokens do not reach it (but for those that fill up the last chunk).
 """
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +28,8 @@ def token_logprobs(
     """ids, segments, mask [N, T] -> logprobs and entropies, float32 [N, T], 0 where mask is 0.
 
     logprobs[n, t] = log softmax(logits[n, t-1] / temperature)[ids[n, t]], and entropies[n, t] is
-    that distribution's entropy in nats (no gradient). The first token of a row has none: its mask
-    must be 0.
+    that distribution's entropy in nats (no gradient). The first token of a segment has none: its
+    mask must be 0. The gradient is that of the hidden states; the head is frozen.
     """
     hidden, _ = model.model(
         ids, positions_in(segments), full_attention(segments), checkpoint=checkpoint
@@ -39,28 +41,68 @@ def token_logprobs(
 
 
 def _chunked_head(model, hidden, targets, wanted, temperature):
-    """hidden [M, D], targets, wanted [M] -> logprob and entropy [M] of the wanted rows."""
-    m, vocab = len(targets), model.config.vocab_size
-    chunk = min(m, max(8, HEAD_CHUNK_FLOATS // vocab // 8 * 8))
+    """hidden [M, D], targets, wanted [M] -> logprob and entropy [M] of the wanted rows.
+
+    Where a gradient is asked for, that of each logprob by its hidden state [M, D] is computed with
+    it and kept, so that the backward pass does not come to the head again. (Differentiating
+    through the scan would save the kernel once a chunk: JAX stacks what a cond keeps.)
+    """
+
+    def head(hidden, targets):
+        logits = model.logits(hidden) / temperature
+        log_z = jax.nn.logsumexp(logits, axis=-1)
+        logprobs = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0] - log_z
+        entropies = log_z - jnp.sum(jnp.exp(logits - log_z[:, None]) * logits, axis=-1)
+        return logprobs, entropies
+
+    def head_and_gradient(hidden, targets):
+        logprobs, pull_back, entropies = jax.vjp(lambda h: head(h, targets), hidden, has_aux=True)
+        return logprobs, entropies, pull_back(jnp.ones_like(logprobs))[0]
+
+    rows = partial(_by_chunks, wanted=wanted, chunk=_chunk_rows(model.config.vocab_size))
+
+    @jax.custom_vjp
+    def run(hidden):
+        return rows(head, hidden, targets)
+
+    def forward(hidden):
+        *values, gradient = rows(head_and_gradient, hidden, targets)
+        return tuple(values), gradient
+
+    def backward(gradient, cotangents):
+        of_logprobs, _ = cotangents
+        return ((gradient * of_logprobs[:, None]).astype(gradient.dtype),)
+
+    run.defvjp(forward, backward)
+    return run(hidden)
+
+
+def _chunk_rows(vocab_size: int) -> int:
+    return max(8, HEAD_CHUNK_FLOATS // vocab_size // 8 * 8)
+
+
+def _by_chunks(function, *arrays, wanted, chunk):
+    """`function` of the wanted rows of `arrays` [M, ...], a chunk at a time; 0 for the others."""
+    m = len(wanted)
+    chunk = min(m, chunk)
     n_chunks = -(-m // chunk)
     order = jnp.argsort(~wanted, stable=True)  # wanted rows first: later chunks are skipped
     order = jnp.pad(order, (0, n_chunks * chunk - m), constant_values=m)  # m: out of bounds
     n_wanted = wanted.sum()
 
-    @jax.checkpoint
-    def head(index):
-        logits = model.logits(hidden.at[index].get(mode="fill", fill_value=0)) / temperature
-        target = targets.at[index].get(mode="fill", fill_value=0)
-        log_z = jax.nn.logsumexp(logits, axis=-1)
-        logprob = jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0] - log_z
-        logits, log_z = jax.lax.stop_gradient((logits, log_z))
-        entropy = log_z - jnp.sum(jnp.exp(logits - log_z[:, None]) * logits, axis=-1)
-        return logprob, entropy
+    def compute(index):
+        return function(*(jnp.take(x, index, axis=0, mode="fill", fill_value=0) for x in arrays))
+
+    shapes = jax.eval_shape(compute, order[:chunk])
 
     def step(start, index):
-        zeros = jnp.zeros(chunk), jnp.zeros(chunk)
-        return start + chunk, jax.lax.cond(start < n_wanted, head, lambda _: zeros, index)
+        zeros = lambda _: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)  # noqa: E731
+        return start + chunk, jax.lax.cond(start < n_wanted, compute, zeros, index)
+
+    def back_in_place(stacked):
+        stacked = stacked.reshape(-1, *stacked.shape[2:])
+        rows = jnp.zeros((m, *stacked.shape[1:]), stacked.dtype).at[order].set(stacked, mode="drop")
+        return jnp.where(wanted.reshape(-1, *[1] * (rows.ndim - 1)), rows, 0)
 
     _, values = jax.lax.scan(step, 0, order.reshape(n_chunks, chunk))
-    scatter = lambda v: jnp.zeros(m).at[order].set(v.reshape(-1), mode="drop") * wanted  # noqa: E731
-    return jax.tree.map(scatter, values)
+    return jax.tree.map(back_in_place, values)

@@ -3,7 +3,8 @@
 A loss takes logprobs, old_logprobs [N, T], advantages [N] and mask [N, T] (1 on the tokens that
 are trained), and returns (numerator, denominator, metrics). Numerators of micro-batches add up;
 the update divides once by the denominator of the whole rollout, so the split changes nothing.
-Metrics are sums over tokens, to be divided by mask.sum().
+Metrics are sums over tokens, to be divided by mask.sum(); `clip_fraction` counts every token whose
+ratio is outside the range, also where the clip does not bind because of the advantage's sign.
 """
 
 import jax

@@ -60,6 +60,7 @@ class ModelConfig:
             "attention_bias=True": getattr(hf, "attention_bias", False),
             "mlp_bias=True": getattr(hf, "mlp_bias", False),
             "use_sliding_window=True": getattr(hf, "use_sliding_window", False),
+            "partial_rotary_factor": rope.get("partial_rotary_factor", 1) != 1,
         }
         if found := [name for name, present in unsupported.items() if present]:
             raise InputError(f"{hf.model_type} with " + " and ".join(found) + " is not supported")

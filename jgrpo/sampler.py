@@ -53,7 +53,7 @@ class Decoding(NamedTuple):
 
 
 class JaxSampler:
-    """Fills `rollout.Sampler`. `max_rows` completions at most are decoded at once."""
+    """Fills `rollout.Sampler`. `max_rows` completions at most are decoded at once, or one group."""
 
     def __init__(
         self,

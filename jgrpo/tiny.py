@@ -28,7 +28,6 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config
 
 from jgrpo.cli import tune_allocator
-from jgrpo.logprobs import token_logprobs
 from jgrpo.model import Decoder, ModelConfig
 from jgrpo.weights import save_model
 
@@ -193,8 +192,9 @@ def pretrain(config: ModelConfig, rows: Iterator[np.ndarray], args: "Args") -> D
         ids, segments, mask = batch[:, 0], batch[:, 1], batch[:, 2].astype(jnp.float32)
 
         def loss(params):
-            model = nnx.merge(graph, params)
-            return -token_logprobs(model, ids, segments, mask)[0].sum() / mask.sum()
+            logits = nnx.merge(graph, params)(ids, segments)[:, :-1]
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, ids[:, 1:])
+            return (losses * mask[:, 1:]).sum() / mask.sum()
 
         value, gradient = jax.value_and_grad(loss)(params)
         updates, opt_state = optimizer.update(gradient, opt_state, params)

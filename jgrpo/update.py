@@ -132,7 +132,7 @@ class Update:
             "train/approx_kl": s["approx_kl"] / tokens,
             "train/clip_fraction": s["clip_fraction"] / tokens,
             "train/entropy": s["entropy"] / tokens,
-            "train/grad_norm": optax.global_norm(gradient),
+            "train/grad_norm": optax.tree.norm(gradient),
             "sampler/logprob_diff_mean": s["gap"] / tokens,
             "sampler/logprob_diff_max": total.largest_gap,
             "sampler/kl": s["sampler_kl"] / tokens,

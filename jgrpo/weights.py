@@ -2,11 +2,10 @@
 
 Our names are the checkpoint's, but for the leaf: kernel, scale and embedding are all `weight`
 there, kernels are transposed, and layers are stacked. One stacked parameter is read at a time,
-straight into its final array, so that a second copy of the model never exists.
+in its final type and layout, so that no more than one of them ever exists twice.
 """
 
 import json
-import math
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,7 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    StrictDataclassError,
+)
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from transformers import AutoConfig, PretrainedConfig
@@ -50,7 +54,7 @@ def model_config(folder: Path) -> ModelConfig:
         raise InputError(f"model folder {folder} has no config.json")
     try:
         hf = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, KeyError, OSError, StrictDataclassError) as error:
         raise InputError(f"{folder}/config.json cannot be read: {error}") from error
     try:
         return ModelConfig.from_hf(hf)
@@ -106,7 +110,10 @@ def _open_all(folder: Path, files: ExitStack) -> dict:
     """Tensor name -> the open file that holds it."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{index} is damaged ({error!r}); download it again") from error
     else:
         names = ["model.safetensors"]
     tensors: dict = {}
@@ -163,7 +170,7 @@ def _read(tensors: dict, path: tuple, leaf) -> jax.Array:
         tensor = tensors[name].get_tensor(name)
         target = array[i] if stacked else array
         target[...] = tensor.T if path[-1] == "kernel" else tensor
-    return jnp.asarray(array)
+    return jax.block_until_ready(jnp.asarray(array))  # else several leaves' copies are in flight
 
 
 def save_model(model: Decoder, folder: Path, hf_config: PretrainedConfig, dtype: str) -> None:
@@ -178,8 +185,3 @@ def save_model(model: Decoder, folder: Path, hf_config: PretrainedConfig, dtype:
     hf_config.dtype = dtype
     hf_config.save_pretrained(folder)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def n_bytes(state: nnx.State) -> int:
-    """Memory of the arrays in a state."""
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state))

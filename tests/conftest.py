@@ -1,0 +1,169 @@
+"""What several tests share: tiny checkpoints whose weights are large enough that errors show, the
+same models in PyTorch (transformers, PEFT), and a ragged rollout.
+
+Initial weights of 0.02 would make every layer nearly the identity; here each linear layer keeps the
+variance of its input, and norm weights, biases and B are far from 1, 0 and 0.
+"""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # an accelerator's float32 matmul is not float32
+# Most of a tiny model's time is compilation, most of that LLVM's: without its optimizations, half.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+)
+
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+
+import jgrpo
+from jgrpo.batch import Rows
+from jgrpo.lora import LoRAParam, split
+
+SHAPE = {
+    "vocab_size": 67,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+ROPE = {"rope_type": "default", "rope_theta": 1e4}
+# With 64 positions and frequencies from 1 down to 1/3000, the fastest are kept (more than 4 turns),
+# the slowest are stretched (less than 1 turn), and two lie between.
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+KINDS = {
+    # Qwen3 with a head width of 16, although 32 / 4 = 8.
+    "qwen3-tied": (Qwen3Config, {"head_dim": 16, "tie_word_embeddings": True}),
+    "qwen3-untied": (Qwen3Config, {"head_dim": 16, "tie_word_embeddings": False}),
+    "qwen2": (Qwen2Config, {"tie_word_embeddings": True}),
+    "llama": (LlamaConfig, {"head_dim": 16, "tie_word_embeddings": False}),
+    "llama3-rope": (
+        LlamaConfig,
+        {"head_dim": 16, "tie_word_embeddings": False, "rope_parameters": LLAMA3_ROPE},
+    ),
+}
+PROMPTS = [[5, 9, 11], [7, 3, 2, 8, 13, 1, 30], [4]]
+
+
+def hf_config(kind: str, **changes):
+    make, own = KINDS[kind]
+    return make(**({**SHAPE, "rope_parameters": ROPE} | own | changes))
+
+
+def write_checkpoint(folder: Path, config, *, dtype=torch.float32, max_shard_size="5GB") -> Path:
+    """A checkpoint of random weights, made and written by transformers."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.to_empty(device="cpu")
+    model.tie_weights()
+    logit_std = 2.0
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim == 1:
+                low, high = (-0.5, 0.5) if name.endswith("bias") else (0.5, 1.5)
+                weight.uniform_(low, high, generator=generator)
+            else:
+                std = logit_std if "embed" in name or "lm_head" in name else 1.0
+                weight.normal_(0, std * weight.shape[-1] ** -0.5, generator=generator)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """checkpoint(kind, **changes of the config) -> folder, float32; made once a session."""
+    made: dict[tuple, Path] = {}
+
+    def get(kind: str, **changes) -> Path:
+        key = (kind, *sorted(changes.items()))
+        if key not in made:
+            made[key] = write_checkpoint(tmp_path_factory.mktemp(kind), hf_config(kind, **changes))
+        return made[key]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def qwen3_600m(tmp_path_factory) -> Path:
+    """Random bfloat16 weights in the shape of Qwen3-0.6B: 1.2 GB."""
+    config = Qwen3Config(
+        vocab_size=151936,
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+    )
+    return write_checkpoint(tmp_path_factory.mktemp("qwen3"), config, dtype=torch.bfloat16)
+
+
+def torch_model(folder: Path, dtype=torch.float32) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
+def torch_logits(model: torch.nn.Module, ids) -> np.ndarray:
+    """float32 [N, T, V]"""
+    with torch.no_grad():
+        return model(torch.tensor(np.asarray(ids), dtype=torch.long)).logits.float().numpy()
+
+
+def random_ids(*shape: int, vocab_size: int = SHAPE["vocab_size"], seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(vocab_size, size=shape, dtype=np.int32)
+
+
+def with_random_b(adapter: nnx.State, seed: int = 1) -> nnx.State:
+    """The adapter with B far from zero, so that alpha, rank and every target show."""
+    rng = np.random.default_rng(seed)
+
+    def fill(path, leaf):
+        if path[-1] != "lora_B":
+            return leaf
+        return leaf.replace(jnp.asarray(rng.normal(0, 0.05, leaf.shape), jnp.float32))
+
+    return nnx.from_flat_state((p, fill(p, leaf)) for p, leaf in nnx.to_flat_state(adapter))
+
+
+def adapted(folder: Path, rank: int, alpha: float = 32):
+    """Graph, adapter with non-zero B, and base of the model in a folder."""
+    model = jgrpo.load_model(str(folder), lora_r=rank, lora_alpha=alpha)
+    graph, adapter, base = split(model)
+    return graph, with_random_b(adapter), base
+
+
+def merged(graph, adapter, base):
+    model = nnx.merge(graph, adapter, base)
+    assert nnx.state(model, LoRAParam)
+    return model
+
+
+@pytest.fixture
+def rows() -> Rows:
+    """Five ragged completions of three prompts; the fourth has advantage zero. Each ends with its
+    own end token, 66, which occurs nowhere else."""
+    prompts = [PROMPTS[i] for i in (0, 0, 1, 1, 2)]
+    completions = [[20, 21, 22, 66], [33, 66], [12, 17, 19, 23, 29, 31, 66], [2, 66], [40, 3, 66]]
+    advantages = np.array([0.7, -0.7, 1.3, 0.0, -0.9], np.float32)
+    logprobs = [[-1.0] * len(c) for c in completions]
+    return Rows(prompts, completions, logprobs, advantages)
