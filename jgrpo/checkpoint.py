@@ -24,7 +24,9 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, enable_async_checkpointing=False, step_format_fixed_length=6
         )
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        self._manager = ocp.CheckpointManager(
+            self.folder, item_handlers=ocp.StandardCheckpointHandler(), options=options
+        )
 
     def save(self, step: int, state: Tree) -> None:
         """Write the state after `step`, unless it is there already."""
@@ -43,8 +45,11 @@ class Checkpoints:
         wanted = _by_name(like)
         abstract = {name: ocp.utils.to_shape_dtype_struct(x) for name, x in wanted.items()}
         try:
+            stored = _shapes(dict(self._manager.item_metadata(step)))
+            if odd := sorted(name for name, _ in stored.items() ^ _shapes(wanted).items()):
+                raise ValueError(f"other arrays or shapes, as {odd[0]}")
             saved = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
-        except (ValueError, KeyError, OSError) as error:
+        except (ValueError, KeyError, TypeError, OSError) as error:
             raise InputError(
                 f"checkpoint {step} in {self.folder} does not fit this run: {error}"
             ) from error
@@ -53,6 +58,10 @@ class Checkpoints:
 
     def close(self) -> None:
         self._manager.close()
+
+
+def _shapes(arrays: dict[str, Any]) -> dict[str, tuple]:
+    return {name: (tuple(x.shape), str(x.dtype)) for name, x in arrays.items()}
 
 
 def _by_name(tree: Tree) -> dict[str, np.ndarray | jax.Array]:

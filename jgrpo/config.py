@@ -130,8 +130,9 @@ class Config:
     """Steps between checkpoints (also at the end and on Ctrl-C)."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "lora_target_modules", tuple(self.lora_target_modules))
-        if problems := list(_problems(self)):
+        if isinstance(self.lora_target_modules, list):  # as JSON has it
+            object.__setattr__(self, "lora_target_modules", tuple(self.lora_target_modules))
+        if problems := list(_wrong_types(self)) or list(_wrong_values(self)):
             raise InputError("bad config:\n" + "\n".join(f"  {p}" for p in problems))
 
     @property
@@ -153,8 +154,8 @@ class Config:
         return tuple(url.strip().rstrip("/") for url in self.vllm_url.split(","))
 
 
-def _problems(c: Config) -> Iterator[str]:
-    """Yield one line for each field whose value cannot work: field, value, requirement."""
+def _wrong_types(c: Config) -> Iterator[str]:
+    """Yield one line for each field that is of another type: field, value, requirement."""
     for field in dataclasses.fields(c):
         value = getattr(c, field.name)
         if get_origin(field.type) is Literal:
@@ -163,7 +164,10 @@ def _problems(c: Config) -> Iterator[str]:
                 yield f"{field.name}={value!r}: must be one of {', '.join(choices)}"
         elif not _is_a(value, field.type):
             yield f"{field.name}={value!r}: must be of type {getattr(field.type, '__name__', '')}"
-            return  # the checks below need values of the right types
+
+
+def _wrong_values(c: Config) -> Iterator[str]:
+    """Yield one line for each field whose value cannot work: field, value, requirement."""
     for name in POSITIVE:
         if not 0 < getattr(c, name) < float("inf"):
             yield f"{name}={getattr(c, name)!r}: must be positive"
@@ -195,6 +199,23 @@ def _problems(c: Config) -> Iterator[str]:
         for url in c.vllm_urls:
             if not url.startswith(("http://", "https://")):
                 yield f"vllm_url={c.vllm_url!r}: {url!r} must start with http:// or https://"
+
+
+def without_effect(c: Config) -> list[str]:
+    """Warnings: techniques asked for that cannot change anything beside the other options."""
+    warnings = []
+    if c.epochs_per_step == 1 and (c.use_clip or c.use_kl_penalty):
+        warnings.append(
+            "use_clip and use_kl_penalty change nothing with epochs_per_step=1: the one update of "
+            "a rollout starts from the policy that sampled it, so every ratio is 1, nothing is "
+            "clipped, and the KL has no gradient"
+        )
+    if c.use_length_penalty and c.max_tokens <= c.expected_maximum_length - c.overlong_cache:
+        warnings.append(
+            f"use_length_penalty changes nothing: the penalty starts above "
+            f"{c.expected_maximum_length - c.overlong_cache} tokens, and max_tokens={c.max_tokens}"
+        )
+    return warnings
 
 
 def _is_a(value: Any, kind: Any) -> bool:

@@ -19,9 +19,12 @@ class RunError(RuntimeError):
 
 @contextlib.contextmanager
 def exit_status() -> Iterator[None]:
-    """Turn the errors above into one message on stderr and an exit status, without a traceback."""
+    """Turn the errors above into one message on stderr and an exit status, without a traceback;
+    Ctrl-C into 130, as a shell does."""
     try:
         yield
     except (InputError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
+    except KeyboardInterrupt:
+        sys.exit(130)

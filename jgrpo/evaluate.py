@@ -4,9 +4,10 @@ Greedy accuracy on the config's evaluation problems; the last line printed is on
 """
 
 from jgrpo import cli
-from jgrpo.errors import exit_status
+from jgrpo.errors import InputError, exit_status
 
 if __name__ == "__main__":  # before JAX is imported: help and mistakes are answered at once
+    cli.tune_allocator()
     with exit_status():
         COMMAND = cli.parse(cli.Evaluate)
 
@@ -33,6 +34,8 @@ from jgrpo.session import (
 def run(config: Config, adapter: Path | None, out: Path | None) -> dict[str, float]:
     """Evaluate the base, or the adapter in a PEFT folder, and print what came out."""
     enable_compilation_cache()
+    if out is not None and not out.parent.is_dir():
+        raise InputError(f"--out {out}: there is no folder {out.parent}")
     if adapter is not None:
         shape = read_config(adapter)
         config = replace(

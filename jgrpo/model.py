@@ -189,6 +189,8 @@ class Parts:
 
 
 class Attention(nnx.Module):
+    """Grouped-query self-attention with rotary positions; what it sees is up to `attend`."""
+
     def __init__(self, parts: Parts):
         c = parts.config
         q_width, kv_width = c.n_heads * c.head_width, c.n_kv_heads * c.head_width
@@ -212,6 +214,8 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
+    """SwiGLU (Shazeer 2020): W_down (silu(W_gate x) * W_up x)."""
+
     def __init__(self, parts: Parts):
         c = parts.config
         self.gate_proj = parts.dense("gate_proj", c.width, c.ff_width)
@@ -223,6 +227,8 @@ class MLP(nnx.Module):
 
 
 class DecoderLayer(nnx.Module):
+    """One pre-norm block: attention, then MLP, each added to its input."""
+
     def __init__(self, parts: Parts):
         self.input_layernorm = parts.norm(parts.config.width)
         self.self_attn = Attention(parts)

@@ -225,7 +225,7 @@ class Args:
 
 
 def main() -> None:
-    args = tyro.cli(Args)
+    args = tyro.cli(Args, prog="python -m jgrpo.tiny")
     args.folder.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer()
     hf = Qwen3Config(

@@ -8,14 +8,17 @@ from jgrpo import cli
 from jgrpo.errors import RunError, exit_status
 
 if __name__ == "__main__":  # before JAX is imported: help and mistakes are answered at once
+    cli.tune_allocator()
     with exit_status():
         COMMAND = cli.parse(cli.Train)
 
 import logging
 import shutil
 import signal
+import threading
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -26,7 +29,7 @@ from jgrpo import adapter as adapters
 from jgrpo.advantages import group_advantages
 from jgrpo.batch import Rows, completion_mask, micro_batches, with_signal
 from jgrpo.checkpoint import Checkpoints
-from jgrpo.config import Config
+from jgrpo.config import Config, without_effect
 from jgrpo.losses import LOSSES
 from jgrpo.plot import draw
 from jgrpo.prompts import Problem, step_indices
@@ -65,25 +68,30 @@ def train(config: Config, resume: Path | None = None) -> Path:
         grader = open_grader(config, stack)
         policy = open_policy(config)
         run_dir = resume or new_run_dir(config)
+        stack.callback(remove_if_empty, run_dir)
+        sampler = open_sampler(config, policy, problems.stop_token_ids, run_id(run_dir))
+        stack.callback(sampler.close)
         checkpoints = Checkpoints(run_dir)
         stack.callback(checkpoints.close)
         first = checkpoints.latest_step() if resume else 0
-        sampler = open_sampler(config, policy, problems.stop_token_ids, run_id(run_dir))
-        stack.callback(sampler.close)
         log = stack.enter_context(
             RunLog(run_dir, config.n_grpo_steps, resume_step=first if resume else None)
         )
         stack.enter_context(messages_to(log))
         for line in (*problems.report, describe(config, policy, run_dir)):
             log.info(line)
+        for line in without_effect(config):
+            log.info(line, style="yellow")
         write_config(run_dir, config, {"devices": [str(d) for d in jax.devices()]})
         loop = Loop(config, run_dir, problems, policy, sampler, grader, log, checkpoints)
-        loop.start(first)
+        if resume:
+            loop.restore(first)
         try:
+            loop.start(first)
             loop.run(first)
         except (KeyboardInterrupt, RunError) as error:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not tear it
-            checkpoints.save(*loop.whole)
+            with no_more_interrupts():
+                checkpoints.save(*loop.whole)
             message = f"stopped after step {loop.whole[0]}; to go on: "
             message += f"python -m jgrpo.train --resume {run_dir}"
             if isinstance(error, RunError):
@@ -127,14 +135,17 @@ class Loop:
         self.state = policy.adapter, optimizer.init(policy.adapter)
         self.whole = 0, jax.device_get(self.state)  # the last whole step, safe from donation
 
+    def restore(self, first: int) -> None:
+        """The state after step `first`, and nothing of the later ones, which come again."""
+        self.state = self.checkpoints.restore(first, self.state)
+        self.whole = first, jax.device_get(self.state)
+        for folder in (self.run_dir / "adapters").glob("step_*"):
+            if int(folder.name.removeprefix("step_")) > first:
+                shutil.rmtree(folder)
+
     def start(self, first: int) -> None:
-        """Everything before the first step: restore, self-tests, the probe, step 0's evaluation."""
-        if first:
-            self.state = self.checkpoints.restore(first, self.state)
-            self.whole = first, jax.device_get(self.state)
-            for folder in (self.run_dir / "adapters").glob("step_*"):
-                if int(folder.name.removeprefix("step_")) > first:
-                    shutil.rmtree(folder)  # of steps that are about to be computed again
+        """Everything before the next step: self-tests, the probe, the adapter, its evaluation (if
+        the run was not stopped after it)."""
         self.grader.self_test()
         probe = self.run_dir / "adapters" / "probe"
         with self.log.phase("probe"):
@@ -143,14 +154,15 @@ class Loop:
             "the sampler follows the adapter: gap {probe/gap_mean:.1e} mean, {probe/gap_max:.1e} "
             "max (to the base: {probe/gap_to_base_mean:.1e})".format(**gaps)
         )
-        if first:
+        if self.adapter_folder(first).exists():
             self.sampler.load(self.adapter_folder(first))
         else:
-            self.publish(0)
+            self.publish(first)
         shutil.rmtree(probe)  # only now: a server dies if a loaded adapter's folder goes
         self.log.take_seconds()
-        if not first:
-            self.evaluate_if_due(0)
+        rows = read_metrics(self.run_dir)
+        if not any(row["step"] == first and "eval/accuracy" in row for row in rows):
+            self.evaluate_if_due(first)
 
     def run(self, first: int) -> None:
         for step in range(first + 1, self.config.n_grpo_steps + 1):
@@ -160,6 +172,7 @@ class Loop:
                 self.checkpoints.save(*self.whole)
 
     def step(self, step: int) -> None:
+        """Sample with adapter step - 1, learn from it, publish adapter `step`, log."""
         c, log, start_s = self.config, self.log, time.perf_counter()
         order = step_indices(len(self.problems.train), c.n_prompts_per_step, c.seed, step)
         asked = [self.problems.train[i] for i in order]
@@ -181,11 +194,11 @@ class Loop:
         with log.phase("export"):
             self.write_rollouts(step, asked, groups, texts, rewards, advantages)
         self.publish(step)
-        self.whole = step, jax.device_get(self.state)
         metrics |= rollout_metrics(grades, groups, rewards, advantages)
         metrics["train/compilations"] = self.update.n_compilations
         metrics |= log.take_seconds() | {"time/step": time.perf_counter() - start_s}
         log.log(step, metrics)
+        self.whole = step, jax.device_get(self.state)
 
     def rewards(self, grades: Grades, groups: list[list[Completion]]) -> np.ndarray:
         """Outcome, plus the length penalty if it is asked for -> float32 [P, G]."""
@@ -249,6 +262,7 @@ class Loop:
         self.log.log(step, metrics | self.log.take_seconds())
 
     def write_rollouts(self, step, asked, groups, texts, rewards, advantages) -> None:
+        """One line a completion; other programs rely on the fields."""
         lines = (
             {
                 "prompt": problem.prompt,
@@ -304,6 +318,25 @@ def describe(config: Config, policy: Policy, run_dir: Path) -> str:
     )
 
 
+def remove_if_empty(run_dir: Path) -> None:
+    """A run that found no server leaves no folder, so that the same command can be given again."""
+    if not any(run_dir.iterdir()):
+        run_dir.rmdir()
+
+
+@contextmanager
+def no_more_interrupts() -> Iterator[None]:
+    """A second Ctrl-C must not tear what is written after the first."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals do not come here
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def messages_to(log: RunLog) -> ExitStack:
     """Send the package's warnings to the terminal through the log, while the run lasts."""
     handler = logging.Handler(logging.WARNING)
@@ -325,10 +358,7 @@ def finish(run_dir: Path, log: RunLog) -> None:
 def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with exit_status():
-        try:
-            train(COMMAND.options, COMMAND.resume)
-        except KeyboardInterrupt:
-            raise SystemExit(130) from None
+        train(COMMAND.options, COMMAND.resume)
 
 
 if __name__ == "__main__":

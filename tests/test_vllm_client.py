@@ -91,7 +91,8 @@ def test_no_sampling_parameter_is_left_to_the_server(url, fake):
 
 def test_a_greedy_group_is_one_completion_repeated(url, fake):
     [group] = sampler_at(url).sample([[17]], seeds=[0], group_size=3, temperature=0)
-    assert len(group) == 3 and group[0] == group[2]
+    assert len(group) == 3
+    assert group[0] == group[2]
     assert fake.bodies(COMPLETIONS)[0]["n"] == 1
 
 
@@ -125,7 +126,8 @@ def test_a_server_that_hangs_is_given_up_after_the_timeout(url, fake):
 def test_no_server_at_all_says_how_to_start_one(caplog):
     with pytest.raises(RunError, match=r"(?s)connection.*python -m jgrpo\.serve --config c\.py"):
         sampler_at("http://127.0.0.1:9", timeout_s=1)
-    assert "still trying" in caplog.text and "jgrpo.serve" in caplog.text
+    assert "still trying" in caplog.text
+    assert "jgrpo.serve" in caplog.text
 
 
 def test_the_server_s_refusal_is_shown_and_not_retried(url, fake):
@@ -177,7 +179,8 @@ def test_each_policy_has_a_new_name_and_the_previous_one_goes_after_it_came(url,
     for folder in ("step_000000", "step_000001", "step_000001"):
         sampler.load(tmp_path / folder)
         [(name, path)] = fake.adapters.items()
-        assert name.startswith(f"jgrpo-7-{folder}-") and path == str(tmp_path / folder)
+        assert name.startswith(f"jgrpo-7-{folder}-")
+        assert path == str(tmp_path / folder)
         sampler.sample([[17]], seeds=[0])
         assert fake.bodies(COMPLETIONS)[-1]["model"] == name
     names = [body["lora_name"] for body in fake.bodies(LOAD)]
@@ -192,7 +195,8 @@ def test_each_policy_has_a_new_name_and_the_previous_one_goes_after_it_came(url,
     ]
     sampler.unload()
     sampler.sample([[17]], seeds=[0])
-    assert not fake.adapters and fake.bodies(COMPLETIONS)[-1]["model"] == "base"
+    assert not fake.adapters
+    assert fake.bodies(COMPLETIONS)[-1]["model"] == "base"
 
 
 def test_a_relative_folder_is_sent_as_an_absolute_one(url, fake, tmp_path, monkeypatch):
@@ -212,7 +216,8 @@ def test_an_adapter_loaded_by_a_try_whose_answer_was_lost_counts_as_loaded(url, 
 
     fake.load_lora_adapter = load_and_hang_up
     sampler.load(tmp_path)
-    assert len(fake.bodies(LOAD)) == 2 and len(fake.adapters) == 1
+    assert len(fake.bodies(LOAD)) == 2
+    assert len(fake.adapters) == 1
 
 
 @pytest.mark.parametrize(
@@ -244,7 +249,7 @@ def test_an_adapter_that_the_server_lost_is_said_so(url, fake, tmp_path):
     sampler = sampler_at(url)
     sampler.load(tmp_path)
     fake.faults[COMPLETIONS] = [(404, {"error": {"message": "does not exist"}})]
-    with pytest.raises(RunError, match="does not exist.*restarted.*Resume the run"):
+    with pytest.raises(RunError, match=r"does not exist.*restarted.*Resume the run"):
         sampler.sample([[17]], seeds=[0])
 
 
@@ -264,7 +269,8 @@ def test_several_servers_share_the_prompts_and_each_gets_the_adapter(url, fake, 
         assert [b["prompt"] for b in other.bodies(COMPLETIONS)] == [[15]]
         assert list(fake.adapters) == list(other.adapters)
         sampler.close()
-        assert not fake.adapters and not other.adapters
+        assert not fake.adapters
+        assert not other.adapters
 
 
 def test_close_does_not_mind_that_the_server_is_gone(fake, tmp_path, caplog):

@@ -1,0 +1,100 @@
+"""jgrpo.checkpoint: what is saved comes back to the bit, and what does not fit is refused."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jgrpo.checkpoint import Checkpoints
+from jgrpo.errors import InputError
+from jgrpo.update import adam
+
+
+def state(seed: int = 0, rank: int = 2):
+    """An adapter and Adam's state after one update: awkward floats, an int count, nested names."""
+    adapter = {
+        "layers": {"q_proj": {"lora_A": jnp.ones((3, 8, rank)), "lora_B": jnp.ones((3, rank, 4))}}
+    }
+    leaves, tree = jax.tree.flatten(adapter)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    leaves = [x * jax.random.normal(k, x.shape) / 3e-30 for x, k in zip(leaves, keys, strict=True)]
+    adapter = jax.tree.unflatten(tree, leaves)
+    optimizer = adam(1e-3)
+    _, opt_state = optimizer.update(adapter, optimizer.init(adapter), adapter)
+    return adapter, opt_state
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    opened = Checkpoints(tmp_path)
+    yield opened
+    opened.close()
+
+
+def test_adapter_and_optimizer_state_come_back_to_the_bit(checkpoints, tmp_path):
+    saved = state()
+    checkpoints.save(3, jax.device_get(saved))
+    again = Checkpoints(tmp_path)  # as a resumed process would
+    restored = again.restore(again.latest_step(), state(seed=1))
+    again.close()
+    assert jax.tree.structure(restored) == jax.tree.structure(saved)
+    for a, b in zip(jax.tree.leaves(saved), jax.tree.leaves(restored), strict=True):
+        assert a.dtype == b.dtype
+        assert np.array_equal(np.asarray(a), np.asarray(b))
+    counts = [x for x in jax.tree.leaves(restored) if x.dtype == jnp.int32]
+    assert [int(x) for x in counts] == [1]  # Adam's count, without which the bias returns
+
+
+def test_the_last_two_are_kept_and_the_last_is_found(checkpoints, tmp_path):
+    for step in (2, 4, 6):
+        checkpoints.save(step, state(step))
+    assert sorted(f.name for f in (tmp_path / "checkpoints").iterdir()) == ["000004", "000006"]
+    assert checkpoints.latest_step() == 6
+    adapter, _ = checkpoints.restore(4, state())
+    assert np.array_equal(*(s["layers"]["q_proj"]["lora_A"] for s in (adapter, state(4)[0])))
+
+
+def test_a_step_is_written_once(checkpoints):
+    checkpoints.save(2, state(0))
+    checkpoints.save(2, state(1))
+    adapter, _ = checkpoints.restore(2, state())
+    assert np.array_equal(*(s["layers"]["q_proj"]["lora_A"] for s in (adapter, state(0)[0])))
+
+
+def test_a_checkpoint_of_another_shape_is_refused(checkpoints):
+    checkpoints.save(2, state(rank=2))
+    with pytest.raises(InputError, match=r"checkpoint 2 .* does not fit.*lora_[AB]"):
+        checkpoints.restore(2, state(rank=4))
+
+
+def test_a_checkpoint_with_other_names_is_refused(checkpoints):
+    checkpoints.save(2, state())
+    adapter, opt_state = state()
+    with pytest.raises(InputError, match=r"does not fit.*[kq]_proj"):
+        checkpoints.restore(2, ({"layers": {"k_proj": adapter["layers"]["q_proj"]}}, opt_state))
+
+
+def test_a_folder_without_a_checkpoint_is_refused(checkpoints, tmp_path):
+    with pytest.raises(InputError, match="holds no checkpoint") as error:
+        checkpoints.latest_step()
+    assert str(tmp_path) in str(error.value)
+
+
+def test_a_damaged_checkpoint_is_refused(checkpoints, tmp_path):
+    checkpoints.save(2, state())
+    for file in (tmp_path / "checkpoints" / "000002" / "default").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    again = Checkpoints(tmp_path)
+    with pytest.raises(InputError, match=r"checkpoint 2 .* does not fit"):
+        again.restore(2, state())
+    again.close()
+
+
+def test_half_a_checkpoint_is_none(checkpoints, tmp_path):
+    checkpoints.save(2, state())
+    unfinished = tmp_path / "checkpoints" / "000004.orbax-checkpoint-tmp"
+    unfinished.mkdir()
+    again = Checkpoints(tmp_path)
+    assert again.latest_step() == 2
+    again.close()

@@ -1,0 +1,183 @@
+"""jgrpo.config: what a config may hold, what it says about what it may not, and the files."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+
+from jgrpo.config import PROJECTIONS, Config, load_config, without_effect
+from jgrpo.errors import InputError
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+# The design's defaults (section 4), which are those of the PyTorch study.
+STUDY = {
+    "model_id": "Qwen/Qwen3-1.7B", "lora_r": 1, "lora_alpha": 32, "lr": 9e-5, "n_grpo_steps": 50,
+    "n_prompts_per_step": 32, "group_size": 8, "epochs_per_step": 1, "seed": 42,
+    "use_std_norm": True, "use_kl_penalty": False, "beta": 0.04, "use_clip": False,
+    "clip_eps": 0.2, "use_token_level_loss": False, "use_length_penalty": False,
+    "expected_maximum_length": 1024, "overlong_cache": 512,
+    "dataset_path": "qwedsacf/competition_math", "prompt_template": "boxed.prompt",
+    "vllm_url": "http://localhost:8000", "max_tokens": 1024, "temperature": 1.0,
+    "base_dir": "runs", "eval_every": 5, "n_eval_prompts": 1000, "rollout": "vllm",
+}  # fmt: skip
+
+BAD = [
+    ("lora_r", 0), ("lora_r", -1), ("lora_r", 1.5), ("lora_r", True), ("lora_r", 513),
+    ("lora_alpha", 0.0), ("lora_alpha", math.inf), ("lora_alpha", "32"),
+    ("lr", 0.0), ("lr", -1e-5), ("lr", math.nan), ("lr", "1e-4"), ("lr", None),
+    ("n_grpo_steps", 0), ("n_prompts_per_step", 0), ("group_size", 0), ("group_size", 1),
+    ("epochs_per_step", 0), ("micro_batch_size", 0), ("micro_batch_size", 2.0),
+    ("seed", -1), ("seed", 2**31), ("eval_every", -1), ("checkpoint_every", 0),
+    ("beta", -0.1), ("beta", math.nan), ("clip_eps", 0.0), ("clip_eps", 1.0),
+    ("use_clip", 1), ("use_std_norm", "no"),
+    ("expected_maximum_length", 0), ("overlong_cache", -1), ("overlong_cache", 1025),
+    ("max_tokens", 0), ("max_prompt_tokens", 0), ("temperature", 0.0), ("temperature", -1.0),
+    ("n_eval_prompts", 0), ("grader_timeout_s", 0.0), ("grader_workers", 0),
+    ("vllm_timeout_s", -5.0), ("max_logprob_diff", 0.0),
+    ("dtype", "float16"), ("rollout", "sglang"), ("model_id", 7), ("run_dir", None),
+    ("vllm_url", "localhost:8000"), ("vllm_url", "http://a:1, b:2"), ("vllm_url", ""),
+    ("lora_target_modules", ()), ("lora_target_modules", ("q_proj", "q_proj")),
+    ("lora_target_modules", ("lm_head",)), ("lora_target_modules", "q_proj"),
+    ("lora_target_modules", 3),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("field", "value"), BAD, ids=lambda x: repr(x))
+def test_a_bad_value_is_refused_with_its_field_and_the_value(field, value):
+    with pytest.raises(InputError) as error:
+        Config(**{field: value})
+    lines = str(error.value).splitlines()[1:]
+    named = [line for line in lines if line.strip().startswith(f"{field}=")]
+    assert len(named) == 1
+    assert repr(value) in named[0]
+    # the requirement or the remedy comes with it
+    assert any(word in named[0] for word in ("must", "at most", "use "))
+
+
+def test_all_bad_fields_are_told_at_once():
+    with pytest.raises(InputError) as error:
+        Config(lora_r=0, clip_eps=7.0, rollout="jax", vllm_url="not looked at", temperature=-1.0)
+    text = str(error.value)
+    assert [text.count(f"{f}=") for f in ("lora_r", "clip_eps", "temperature")] == [1, 1, 1]
+    assert "vllm_url" not in text  # nothing of vLLM matters to the embedded sampler
+    with pytest.raises(InputError) as error:
+        Config(lr="x", seed="y", dtype="z")  # types are told together as well
+    assert all(f"{f}=" in str(error.value) for f in ("lr", "seed", "dtype"))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("overlong_cache", 0), ("overlong_cache", 1024), ("eval_every", 0), ("seed", 2**31 - 1),
+     ("beta", 0.0), ("group_size", 2), ("lora_r", 512), ("lora_alpha", 1)],
+)  # fmt: skip
+def test_values_at_the_edge_are_accepted(field, value):
+    assert getattr(Config(**{field: value}), field) == value
+
+
+def test_defaults_are_the_study_s():
+    config = Config()
+    assert {name: getattr(config, name) for name in STUDY} == STUDY
+    assert set(config.lora_target_modules) == {
+        "q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj",
+    }  # fmt: skip
+    assert config.n_completions_per_step == 256  # 32 x 8
+
+
+@pytest.mark.parametrize(
+    ("rank", "admitted"),
+    [(1, 1), (2, 8), (4, 8), (8, 8), (9, 16), (16, 16), (17, 32), (33, 64), (65, 128), (129, 256),
+     (257, 320), (321, 512), (512, 512)],
+)  # fmt: skip
+def test_vllm_gets_the_smallest_rank_it_admits(rank, admitted):
+    assert Config(lora_r=rank).vllm_max_lora_rank == admitted
+
+
+def test_only_the_server_limits_the_rank():
+    assert Config(lora_r=600, rollout="jax").lora_r == 600
+
+
+def test_urls_are_split_and_cleaned():
+    config = Config(vllm_url="http://a:1/, https://b:2")
+    assert config.vllm_urls == ("http://a:1", "https://b:2")
+
+
+def test_a_config_cannot_be_changed_and_survives_json():
+    config = Config(lora_target_modules=["q_proj", "v_proj"])
+    assert config.lora_target_modules == ("q_proj", "v_proj")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.lr = 1.0
+    assert Config(**dataclasses.asdict(config)) == config
+
+
+# -- config files -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.py")), ids=lambda f: f.stem)
+def test_every_file_in_configs_loads(file):
+    assert isinstance(load_config(file), Config)
+
+
+def test_there_are_configs():
+    assert {"rank1", "rank4", "rank16", "tiny"} <= {f.stem for f in CONFIGS.glob("*.py")}
+
+
+@pytest.mark.parametrize("rank", [4, 16])
+def test_a_rank_s_config_changes_the_rank_alone(rank):
+    one, other = (dataclasses.asdict(load_config(CONFIGS / f"rank{r}.py")) for r in (1, rank))
+    assert {name for name in one if one[name] != other[name]} == {"lora_r"}
+    assert other["lora_r"] == rank
+
+
+def test_rank1_is_the_study_s_best_design():
+    assert load_config(CONFIGS / "rank1.py") == Config()
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("config = (", "SyntaxError"),
+        ("import nosuchmodule", "nosuchmodule"),
+        ("1 / 0", "ZeroDivisionError"),
+        ("configuration = 3", "must define `config = "),
+        ("config = {'lr': 1e-4}", "must define `config = "),
+        ("from jgrpo.config import Config\nconfig = Config(lr=-1.0)", "lr=-1.0: must be positive"),
+        ("from jgrpo.config import Config\nconfig = Config(learning_rate=1.0)", "learning_rate"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_told_with_its_name(text, says, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(text)
+    with pytest.raises(InputError) as error:
+        load_config(file)
+    assert str(file) in str(error.value)
+    assert says in str(error.value)
+
+
+def test_a_missing_file_is_told_with_its_name(tmp_path):
+    for path in (tmp_path / "nothing.py", tmp_path):
+        with pytest.raises(InputError, match="no such file") as error:
+            load_config(path)
+        assert str(path) in str(error.value)
+
+
+def test_projections_are_all_that_a_layer_has():
+    assert len(PROJECTIONS) == len(set(PROJECTIONS)) == 7
+
+
+@pytest.mark.parametrize(
+    ("fields", "warned"),
+    [
+        ({"use_clip": True}, "use_clip"),
+        ({"use_kl_penalty": True}, "use_kl_penalty"),
+        ({"use_clip": True, "epochs_per_step": 2}, None),
+        ({"use_length_penalty": True, "max_tokens": 512}, "use_length_penalty"),
+        ({"use_length_penalty": True, "max_tokens": 513}, None),
+        ({}, None),
+    ],
+)
+def test_a_technique_that_cannot_change_anything_is_warned_of(fields, warned):
+    warnings = without_effect(Config(**fields))
+    assert len(warnings) == (warned is not None)
+    assert all(warned in line for line in warnings)

