@@ -48,6 +48,7 @@ def test_the_command_holds_what_the_config_needs():
     assert "--enable-lora" in words
     assert "--enforce-eager" not in words
     assert "--enforce-eager" in serve.command(CONFIG, cpu=True)
+    assert "--no-enable-chunked-prefill" in serve.command(CONFIG, cpu=True)
 
 
 def test_the_environment_allows_adapters_and_leaves_memory_to_the_trainer():

@@ -100,6 +100,7 @@ def config(tmp_path_factory):
     if TINY_BASE.is_dir():
         options |= {
             "model_id": str(TINY_BASE), "max_prompt_tokens": 64, "max_tokens": 48, "lr": 3e-3,
+            "n_prompts_per_step": 16, "group_size": 8,  # more tokens than one engine step takes
             "dataset_path": str(TINY_BASE / "train.jsonl"),
             "eval_dataset_path": str(TINY_BASE / "eval.jsonl"),
             "prompt_template": str(TINY_BASE / "tiny.prompt"), "micro_batch_size": 32,
