@@ -1,7 +1,7 @@
 """GRPO with a rank-r LoRA adapter and a verifiable reward, in JAX.
 
 import jgrpo
-    model = jgrpo.load_model("Qwen/Qwen3-0.6B", adapter="runs/1/adapters/step_000050")
+    model = jgrpo.load_model("Qwen/Qwen3-1.7B", adapter="runs/1/adapters/step_000050")
     logits = model(ids)                       # int32 [N, T] -> float32 [N, T, V]
 """
 

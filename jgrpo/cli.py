@@ -72,7 +72,7 @@ C = TypeVar("C", bound=Command)
 
 def parse(kind: type[C], argv: Sequence[str] | None = None) -> C:
     """Read the command line of one of the commands above. InputError for what cannot be used."""
-    args = [STUDY_FLAGS.get(a, a) for a in (sys.argv[1:] if argv is None else argv)]
+    args = _plain_flags([STUDY_FLAGS.get(a, a) for a in (sys.argv[1:] if argv is None else argv)])
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--config", type=Path)
     first.add_argument("--resume", type=Path)
@@ -97,6 +97,19 @@ def parse(kind: type[C], argv: Sequence[str] | None = None) -> C:
     if isinstance(command, Train) and command.resume is not None:
         _check_resume(config, command.options)
     return command
+
+
+def _plain_flags(args: list[str]) -> list[str]:
+    """`--use_clip True` and `--use_clip False` as `--use_clip` and `--no_use_clip`."""
+    switches = {f"--{f.name}" for f in dataclasses.fields(Config) if f.type is bool}
+    plain: list[str] = []
+    for arg in args:
+        if plain and plain[-1] in switches and arg in ("True", "False"):
+            if arg == "False":
+                plain[-1] = plain[-1].replace("--", "--no_", 1)
+        else:
+            plain.append(arg)
+    return plain
 
 
 def tune_allocator() -> None:

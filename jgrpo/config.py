@@ -52,7 +52,8 @@ class Config:
     """Optimizer updates on each rollout (every one sees the whole rollout)."""
     micro_batch_size: int = 4
     """Completions in one forward and backward at the longest length bucket; shorter buckets hold
-    as many more as give the same number of tokens. Changes memory and speed, not the gradient."""
+    as many more as give the same number of tokens. Changes memory and speed, not the gradient. A
+    layer's attention takes micro_batch_size x heads x length^2 x 4 bytes a few times over."""
     gradient_checkpointing: bool = True
     """Recompute each layer in the backward pass instead of keeping its activations."""
     seed: int = 42

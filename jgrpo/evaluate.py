@@ -18,11 +18,11 @@ from pathlib import Path
 
 from rich.progress import Progress
 
-from jgrpo.adapter import read_config
+from jgrpo.adapter import load, read_config
 from jgrpo.config import Config
 from jgrpo.rundir import json_line, write_whole
 from jgrpo.session import (
-    enable_compilation_cache,
+    configure_jax,
     evaluate,
     open_grader,
     open_policy,
@@ -33,7 +33,7 @@ from jgrpo.session import (
 
 def run(config: Config, adapter: Path | None, out: Path | None) -> dict[str, float]:
     """Evaluate the base, or the adapter in a PEFT folder, and print what came out."""
-    enable_compilation_cache()
+    configure_jax()
     if out is not None and not out.parent.is_dir():
         raise InputError(f"--out {out}: there is no folder {out.parent}")
     if adapter is not None:
@@ -47,8 +47,10 @@ def run(config: Config, adapter: Path | None, out: Path | None) -> dict[str, flo
     with ExitStack() as stack:
         problems = open_problems(config)
         grader = open_grader(config, stack)
-        policy = open_policy(config)
-        sampler = open_sampler(config, policy, problems.stop_token_ids, "evaluate")
+        policy = open_policy(config, abstract=config.rollout == "vllm")
+        if adapter is not None:
+            load(adapter, policy.adapter)  # the server would take one that does not fit, silently
+        sampler = open_sampler(config, policy, problems.stop_token_ids, "evaluate", alone=False)
         stack.callback(sampler.close)
         if adapter is not None:
             sampler.load(adapter)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,12 +30,13 @@ from jgrpo.rollout import Completion, Progress, Sampler, prompt_seeds
 from jgrpo.sampler import JaxSampler
 from jgrpo.tokenizer import load_tokenizer, stop_token_ids
 from jgrpo.vllm import VllmSampler
-from jgrpo.weights import load_model, model_config, model_folder
+from jgrpo.weights import abstract_model, load_model, model_config, model_folder
 
 PROBE_PROMPTS, PROBE_TOKENS, PROBE_SHIFT_NATS, LEAST_SHIFT_NATS = 4, 16, 0.3, 0.01
-PROBE_SHARE = {"float32": 0.01, "bfloat16": 0.2}
-"""Largest part of the probe's effect by which the sampler may miss it. One layer's projection that
-is left out misses by 0.08 and more; float32 by 1e-6, bfloat16 by 0.1."""
+PROBE_SHARE = {"float32": 0.01, "bfloat16": 0.5}
+"""Largest part of the probe's effect by which the sampler may miss it. An adapter that is ignored
+misses by all of it, one layer's projection that is left out by 0.08 and more; float32 rounding by
+1e-6, bfloat16 by 0.1 or more where the model is sure of its tokens."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,11 @@ class Policy:
     base: nnx.State
 
 
-def enable_compilation_cache() -> None:
-    """Keep compiled programs on disk (JAX_COMPILATION_CACHE_DIR, else ~/.cache/jgrpo/xla)."""
+def configure_jax() -> None:
+    """Keep compiled programs on disk (JAX_COMPILATION_CACHE_DIR, else ~/.cache/jgrpo/xla), and let
+    float32 products be float32 on a GPU too (JAX's default there is TF32; bfloat16 is as it was).
+    """
+    jax.config.update("jax_default_matmul_precision", "highest")
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "jgrpo" / "xla"
     folder = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(default))
     jax.config.update("jax_compilation_cache_dir", folder)
@@ -91,21 +96,25 @@ def open_problems(config: Config) -> Problems:
     return Problems(tokenizer, stops, train, evaluation, report)
 
 
-def open_policy(config: Config) -> Policy:
-    """The base model with a fresh adapter."""
-    model = load_model(
-        model_folder(config.model_id),
-        dtype=config.dtype,
-        rank=config.lora_r,
-        alpha=config.lora_alpha,
-        target_modules=config.lora_target_modules,
-        seed=config.seed,
-    )
-    return Policy(*split(model))
+def open_policy(config: Config, *, abstract: bool = False) -> Policy:
+    """The base model with a fresh adapter; `abstract`: shapes alone, for who only needs those."""
+    folder = model_folder(config.model_id)
+    shape: dict[str, Any] = {
+        "dtype": config.dtype,
+        "rank": config.lora_r,
+        "alpha": config.lora_alpha,
+        "target_modules": config.lora_target_modules,
+    }
+    if abstract:
+        return Policy(*split(abstract_model(folder, **shape)))
+    return Policy(*split(load_model(folder, **shape, seed=config.seed)))
 
 
-def open_sampler(config: Config, policy: Policy, stops: Sequence[int], run_id: str) -> Sampler:
-    """The sampler that the config asks for; RunError if the server cannot be used."""
+def open_sampler(
+    config: Config, policy: Policy, stops: Sequence[int], run_id: str, *, alone: bool = True
+) -> Sampler:
+    """The sampler that the config asks for; RunError if the server cannot be used. `alone`: what
+    other runs have left on the server goes."""
     if config.rollout == "jax":
         return JaxSampler(
             policy.graph,
@@ -127,6 +136,7 @@ def open_sampler(config: Config, policy: Policy, stops: Sequence[int], run_id: s
         stop_token_ids=stops,
         timeout_s=config.vllm_timeout_s,
         start_command=shlex.join(["python", "-m", "jgrpo.serve", *words]),
+        alone=alone,
     )
 
 

@@ -47,7 +47,7 @@ from jgrpo.session import (
     Policy,
     Problems,
     check_sampler,
-    enable_compilation_cache,
+    configure_jax,
     evaluate,
     open_grader,
     open_policy,
@@ -60,9 +60,9 @@ from jgrpo.update import Update, adam, loss_denominator
 def train(config: Config, resume: Path | None = None) -> Path:
     """Run all steps -> the run folder. Raises InputError before compute is spent, RunError later.
 
-    Ctrl-C and RunError leave a checkpoint of the last whole step behind.
+    Whatever ends it leaves a checkpoint of the last whole step behind, if the disk takes it.
     """
-    enable_compilation_cache()
+    configure_jax()
     with ExitStack() as stack:
         problems = open_problems(config)
         grader = open_grader(config, stack)
@@ -89,12 +89,12 @@ def train(config: Config, resume: Path | None = None) -> Path:
         try:
             loop.start(first)
             loop.run(first)
-        except (KeyboardInterrupt, RunError) as error:
+        except BaseException as error:
             with no_more_interrupts():
                 checkpoints.save(*loop.whole)
             message = f"stopped after step {loop.whole[0]}; to go on: "
             message += f"python -m jgrpo.train --resume {run_dir}"
-            if isinstance(error, RunError):
+            if isinstance(error, RunError | OSError):
                 raise RunError(f"{error}\n{message}") from error
             log.info(message)
             raise
@@ -237,6 +237,10 @@ class Loop:
             old_logprobs = old_logprobs or logprobs
             history.append(metrics)
         values = jax.device_get(history)
+        if not all(np.isfinite([m["train/loss"], m["train/grad_norm"]]).all() for m in values):
+            raise RunError(
+                f"the loss or its gradient is not finite: {values[-1]}. A lower lr may help"
+            )
         means = {tag: float(np.mean([m[tag] for m in values])) for tag in values[0]}
         gap = {tag: float(x) for tag, x in values[0].items() if tag.startswith("sampler/")}
         return means | gap  # the sampler's policy is the one before the first update

@@ -54,7 +54,8 @@ class VllmSampler:
     are ignored. `max_model_len` is the prompt and completion tokens that the server must hold.
 
     Raises RunError, with what was wrong and how to start the server. Not for use inside a running
-    event loop. One run a server: adapters of others that carry our prefix are unloaded at start.
+    event loop. One run a server: adapters of others that carry our prefix are unloaded at start,
+    unless `alone` is false (to evaluate beside a run).
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class VllmSampler:
         stop_token_ids: Sequence[int],
         timeout_s: float,
         start_command: str,
+        alone: bool = True,
     ) -> None:
         self._urls = [url.rstrip("/") for url in urls]
         self._run_id = run_id
@@ -75,6 +77,7 @@ class VllmSampler:
         self._stop_token_ids = list(stop_token_ids)
         self._timeout_s = timeout_s
         self._remedy = f"Start the server with\n  {start_command}"
+        self._alone = alone
         self._away: set[str] = set()
         self._adapter: str | None = None
         self._base_models = dict(zip(self._urls, self._on_each(self._enter), strict=True))
@@ -170,7 +173,7 @@ class VllmSampler:
                 f"{url}: the server runs with --max-model-len {limit}; this run needs "
                 f"{self._max_model_len} (prompt and completion tokens). {self._remedy}"
             )
-        for name in cards:
+        for name in cards if self._alone else ():
             if name.startswith(ADAPTER_PREFIX) and name != base:
                 await self._unload(client, url, name)
                 log.warning("%s: unloaded %s, left by another run (or taken from it: one server "

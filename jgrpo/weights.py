@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +63,12 @@ def model_config(folder: Path) -> ModelConfig:
         raise InputError(f"{folder}/config.json: {error}") from None
 
 
+def abstract_model(folder: Path, **options: Any) -> Decoder:
+    """The model of a folder as shapes and types alone, without an array; options of Decoder."""
+    config = model_config(folder)
+    return nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), **options))
+
+
 def load_model(
     folder: Path,
     *,
@@ -76,22 +83,13 @@ def load_model(
     InputError lists every tensor that is missing, unexpected or of another shape, before any is
     read.
     """
-    config = model_config(folder)
-    model = nnx.eval_shape(
-        lambda: Decoder(
-            config,
-            rngs=nnx.Rngs(0),
-            dtype=dtype,
-            rank=rank,
-            alpha=alpha,
-            target_modules=target_modules,
-        )
-    )
+    shape = {"dtype": dtype, "rank": rank, "alpha": alpha, "target_modules": target_modules}
+    model = abstract_model(folder, **shape)
     graph, adapter, base = split(model)
     with ExitStack() as files:
         tensors = _open_all(folder, files)
         flat = list(nnx.to_flat_state(base))
-        _check(folder, tensors, flat, config)
+        _check(folder, tensors, flat, model.config)
         base = nnx.from_flat_state(
             (path, leaf.replace(_read(tensors, path, leaf))) for path, leaf in flat
         )

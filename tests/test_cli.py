@@ -62,6 +62,7 @@ def test_flags_win_over_the_file_and_the_file_over_the_defaults(file):
         ("--use_clip --clip_eps 0.3", {"use_clip": True, "clip_eps": 0.3}),
         ("--use_clip --clip_eps 0.2", {"use_clip": True}),
         ("--use_token_level_loss", {"use_token_level_loss": True}),
+        ("--use_clip True --use_std_norm False", {"use_clip": True, "use_std_norm": False}),
         ("--use_length_penalty", {"use_length_penalty": True}),
         ("--lora_target_modules q_proj v_proj", {"lora_target_modules": ("q_proj", "v_proj")}),
         ("--rollout jax --dtype float32", {"rollout": "jax", "dtype": "float32"}),

@@ -33,7 +33,7 @@ def root(tmp_path_factory):
 def shared_compilation_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "xla"))
-        session.enable_compilation_cache()
+        session.configure_jax()
         yield
 
 

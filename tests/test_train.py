@@ -216,6 +216,16 @@ def test_a_run_that_is_made_longer_is_the_longer_run(run, root):
     assert read_config(short)["config"]["n_grpo_steps"] == 4
 
 
+def test_an_update_that_is_not_finite_is_never_published(root, monkeypatch):
+    huge = lambda rewards, std_norm: np.full(rewards.shape, 3e38, np.float32)  # noqa: E731
+    monkeypatch.setattr(train_module, "group_advantages", huge)
+    with pytest.raises(RunError, match=r"not finite.*(?s:.*)--resume"):
+        train(tiny_config(root))
+    stopped = max((root / "runs").iterdir(), key=lambda f: int(f.name))
+    assert [f.name for f in (stopped / "adapters").iterdir()] == ["step_000000"]
+    assert [f.name for f in (stopped / "checkpoints").iterdir()] == ["000000"]
+
+
 PLACES = [
     ("check_sampler", 1, KeyboardInterrupt()),
     ("group_advantages", 1, KeyboardInterrupt()),

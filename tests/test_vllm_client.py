@@ -245,6 +245,14 @@ def test_leftovers_of_a_crashed_run_are_removed_at_start_and_foreign_adapters_ke
     assert "unloaded jgrpo-3-step_000004-ab" in caplog.text
 
 
+def test_an_evaluation_beside_a_run_leaves_the_run_its_adapter(url, fake, tmp_path):
+    fake.adapters = {"jgrpo-3-step_000004-ab": "/in-use"}
+    sampler = sampler_at(url, alone=False)
+    sampler.load(tmp_path)
+    sampler.close()
+    assert list(fake.adapters) == ["jgrpo-3-step_000004-ab"]
+
+
 def test_an_adapter_that_the_server_lost_is_said_so(url, fake, tmp_path):
     sampler = sampler_at(url)
     sampler.load(tmp_path)
