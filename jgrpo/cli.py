@@ -73,6 +73,7 @@ C = TypeVar("C", bound=Command)
 def parse(kind: type[C], argv: Sequence[str] | None = None) -> C:
     """Read the command line of one of the commands above. InputError for what cannot be used."""
     args = _plain_flags([STUDY_FLAGS.get(a, a) for a in (sys.argv[1:] if argv is None else argv)])
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found"
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--config", type=Path)
     first.add_argument("--resume", type=Path)
