@@ -256,3 +256,20 @@ def test_a_second_step_compiles_nothing(pair, rows):
         adapter, state, _, _ = update(adapter, state, base, batches_of(rows, np.arange(5), 1), 5.0)
         counts.append(update.n_compilations)
     assert counts[0] == counts[1] == counts[2]
+
+
+def test_a_population_of_adapters_can_be_trained_over_one_base(pair, rows):
+    """A leading axis on the adapter, by vmap alone: what `update` promises not to forbid."""
+    graph, adapter, base = pair(1)[0]
+    update, batch = compiled(graph), one_batch(rows)
+
+    def gradient(adapter):
+        return update._micro_step(update._zeros(adapter), adapter, base, batch, None)[0].gradient
+
+    scales = (1.0, 0.5)
+    population = jax.tree.map(lambda x: jnp.stack([s * x for s in scales]), adapter)
+    together = jax.tree.leaves(jax.jit(jax.vmap(gradient))(population))
+    for i, scale in enumerate(scales):
+        alone = jax.tree.leaves(jax.jit(gradient)(jax.tree.map(lambda x: scale * x, adapter)))  # noqa: B023
+        for a, b in zip(together, alone, strict=True):
+            assert np.abs(a[i] - b).max() <= 1e-4 * np.abs(b).max()
