@@ -5,7 +5,9 @@ anything else is a bug of ours and keeps its traceback.
 """
 
 import contextlib
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 
 
@@ -28,3 +30,16 @@ def exit_status() -> Iterator[None]:
         sys.exit(2 if isinstance(error, InputError) else 1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+@contextlib.contextmanager
+def no_more_interrupts() -> Iterator[None]:
+    """A second Ctrl-C must not tear what is written after the first."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals do not come here
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -56,6 +56,18 @@ def named_run_dir(run_dir: str | Path) -> Path:
     return folder
 
 
+def remove_if_empty(run_dir: Path) -> None:
+    """A run that found no server leaves no folder, so that the same command can be given again."""
+    if not any(run_dir.iterdir()):
+        run_dir.rmdir()
+
+
+def run_id(run_dir: Path) -> str:
+    """A name for this run's adapters on the server: letters, digits, - and _ of the folder."""
+    name = "-".join(run_dir.absolute().parts[-2:])
+    return "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "_" for c in name)
+
+
 def jsonable(value: Any) -> Any:
     """The value as JSON can hold it: arrays as lists, NaN and inf as None."""
     if value is None or isinstance(value, str | bool | int):

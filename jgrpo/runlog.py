@@ -5,6 +5,7 @@ On a terminal two bars (steps, and the phase at work) stay below the lines that 
 """
 
 import contextlib
+import logging
 import math
 import os
 import threading
@@ -125,6 +126,17 @@ class RunLog:
         """Print text of any origin: nothing in it is taken for markup or a control code."""
         safe = printable(text, self.console.encoding)
         self.console.print(Text(safe, style), soft_wrap=not self.console.is_terminal)
+
+    @contextlib.contextmanager
+    def warnings(self) -> Iterator[None]:
+        """Show the package's warnings (`logging`) among the lines, while this lasts."""
+        handler = logging.Handler(logging.WARNING)
+        handler.emit = lambda record: self.info(record.getMessage(), style="yellow")  # type: ignore[method-assign]
+        logging.getLogger("jgrpo").addHandler(handler)
+        try:
+            yield
+        finally:
+            logging.getLogger("jgrpo").removeHandler(handler)
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Write the metrics of one step; those of an evaluation become a line of their own.

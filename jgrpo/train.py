@@ -5,20 +5,17 @@ adapter -> the sampler loads it. Step k samples with adapter k - 1 and gives ada
 """
 
 from jgrpo import cli
-from jgrpo.errors import RunError, exit_status
+from jgrpo.errors import RunError, exit_status, no_more_interrupts
 
 if __name__ == "__main__":  # before JAX is imported: help and mistakes are answered at once
     cli.tune_allocator()
     with exit_status():
         COMMAND = cli.parse(cli.Train)
 
-import logging
 import shutil
 import signal
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -39,6 +36,8 @@ from jgrpo.rundir import (
     named_run_dir,
     next_run_dir,
     read_metrics,
+    remove_if_empty,
+    run_id,
     write_config,
     write_rollouts,
 )
@@ -77,7 +76,7 @@ def train(config: Config, resume: Path | None = None) -> Path:
         log = stack.enter_context(
             RunLog(run_dir, config.n_grpo_steps, resume_step=first if resume else None)
         )
-        stack.enter_context(messages_to(log))
+        stack.enter_context(log.warnings())
         for line in (*problems.report, describe(config, policy, run_dir)):
             log.info(line)
         for line in without_effect(config):
@@ -306,12 +305,6 @@ def new_run_dir(config: Config) -> Path:
     return named_run_dir(config.run_dir) if config.run_dir else next_run_dir(config.base_dir)
 
 
-def run_id(run_dir: Path) -> str:
-    """A name for this run's adapters on the server: letters, digits, - and _ of the folder."""
-    name = "-".join(run_dir.absolute().parts[-2:])
-    return "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "_" for c in name)
-
-
 def describe(config: Config, policy: Policy, run_dir: Path) -> str:
     base, adapter = (
         sum(x.size for x in jax.tree.leaves(state)) for state in (policy.base, policy.adapter)
@@ -320,36 +313,6 @@ def describe(config: Config, policy: Policy, run_dir: Path) -> str:
         f"{config.model_id}: {base:,} parameters ({config.dtype}); rank-{config.lora_r} adapter: "
         f"{adapter:,} ({adapter / base:.2%}) on {jax.devices()[0].device_kind}; run: {run_dir}"
     )
-
-
-def remove_if_empty(run_dir: Path) -> None:
-    """A run that found no server leaves no folder, so that the same command can be given again."""
-    if not any(run_dir.iterdir()):
-        run_dir.rmdir()
-
-
-@contextmanager
-def no_more_interrupts() -> Iterator[None]:
-    """A second Ctrl-C must not tear what is written after the first."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signals do not come here
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def messages_to(log: RunLog) -> ExitStack:
-    """Send the package's warnings to the terminal through the log, while the run lasts."""
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: log.info(record.getMessage(), style="yellow")  # type: ignore[method-assign]
-    logger = logging.getLogger("jgrpo")
-    logger.addHandler(handler)
-    stack = ExitStack()
-    stack.callback(logger.removeHandler, handler)
-    return stack
 
 
 def finish(run_dir: Path, log: RunLog) -> None:
