@@ -54,11 +54,14 @@ def adapter_arrays(adapter: nnx.State) -> dict[str, np.ndarray]:
     arrays = {}
     for path, leaf in nnx.to_flat_state(adapter):
         stacked = np.asarray(leaf[...], np.float32)
-        name = ".".join(map(str, path))
         for i, layer in enumerate(stacked):
-            key = name.replace("model.layers.", f"model.layers.{i}.")
-            arrays[f"{PREFIX}{key}.weight"] = np.ascontiguousarray(layer.T)
+            arrays[_peft_key(path, i)] = np.ascontiguousarray(layer.T)
     return arrays
+
+
+def _peft_key(path: tuple, layer: int) -> str:
+    name = ".".join(map(str, path)).replace("model.layers.", f"model.layers.{layer}.")
+    return f"{PREFIX}{name}.weight"
 
 
 def save(adapter: nnx.State, folder: Path, config: AdapterConfig, base_model: str) -> None:
@@ -133,9 +136,8 @@ def load(folder: Path, like: nnx.State) -> nnx.State:
     problems, flat = [], []
     for path, leaf in nnx.to_flat_state(like):
         array = np.zeros(leaf.shape, np.float32)
-        name = ".".join(map(str, path))
         for i in range(leaf.shape[0]):
-            key = PREFIX + name.replace("model.layers.", f"model.layers.{i}.") + ".weight"
+            key = _peft_key(path, i)
             tensor = tensors.pop(key, None)
             if tensor is None:
                 problems.append(f"{key} is missing")

@@ -74,25 +74,26 @@ class Update:
         `batches` because their advantage is zero. The logprobs, one array a micro-batch, are what
         a second update on the same rollout takes as old_logprobs.
         """
-        total = self._zeros(adapter)
-        logprobs = []
-        for i, batch in enumerate(batches):
-            old = None if old_logprobs is None else old_logprobs[i]
-            total, new = self._accumulate(total, adapter, base, batch, old)
-            logprobs.append(new)
+        total, logprobs = self._sum(adapter, base, batches, old_logprobs)
         return *self._apply(adapter, opt_state, total, denominator), logprobs
 
     def gradient(self, adapter, base, batches, denominator) -> Tree:
         """The gradient alone, as the optimizer would see it before clipping."""
-        total = self._zeros(adapter)
-        for batch in batches:
-            total, _ = self._accumulate(total, adapter, base, batch, None)
+        total, _ = self._sum(adapter, base, batches, None)
         return jax.tree.map(lambda g: g / denominator, total.gradient)
 
     @property
     def n_compilations(self) -> int:
         """Programs compiled so far: at most one a shape of micro-batch, and one for the rest."""
         return sum(f._cache_size() for f in (self._accumulate, self._apply))  # type: ignore[attr-defined]
+
+    def _sum(self, adapter, base, batches, old_logprobs) -> tuple[Sums, list[jax.Array]]:
+        total, logprobs = self._zeros(adapter), []
+        for i, batch in enumerate(batches):
+            old = None if old_logprobs is None else old_logprobs[i]
+            total, new = self._accumulate(total, adapter, base, batch, old)
+            logprobs.append(new)
+        return total, logprobs
 
     def _zeros(self, adapter) -> Sums:
         one = jnp.zeros((1, 1))

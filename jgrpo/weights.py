@@ -134,7 +134,7 @@ def _problems(tensors: dict, flat: list, config: ModelConfig) -> Iterator[str]:
         unused -= {"lm_head.weight"}  # a copy of the embedding that some tools write
     for path, leaf in flat:
         names = tensor_names(path, config.n_layers)
-        shape = leaf.shape[1:] if len(names) > 1 or path[1] == "layers" else leaf.shape
+        shape = leaf.shape[1:] if path[1] == "layers" else leaf.shape
         wanted = list(shape[::-1] if path[-1] == "kernel" else shape)
         for name in names:
             if name not in unused:
