@@ -167,3 +167,11 @@ def rows() -> Rows:
     advantages = np.array([0.7, -0.7, 1.3, 0.0, -0.9], np.float32)
     logprobs = [[-1.0] * len(c) for c in completions]
     return Rows(prompts, completions, logprobs, advantages)
+
+
+@pytest.fixture(scope="module")
+def shared_compilation_cache(tmp_path_factory):
+    """One for this session, not the user's: what one test compiles, the next ones load."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "xla"))
+        yield

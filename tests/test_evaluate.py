@@ -15,6 +15,8 @@ from jgrpo.errors import InputError
 from jgrpo.rundir import read_metrics
 from jgrpo.train import train
 
+pytestmark = pytest.mark.usefixtures("shared_compilation_cache")
+
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
@@ -22,13 +24,6 @@ def root(tmp_path_factory):
     write_base(folder / "base")
     write_problems(folder, answer="5")  # which the base does not prefer, and learns to
     return folder
-
-
-@pytest.fixture(autouse=True, scope="module")
-def shared_compilation_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "xla"))
-        yield
 
 
 @pytest.fixture(scope="module")

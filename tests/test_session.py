@@ -30,11 +30,8 @@ def root(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True, scope="module")
-def shared_compilation_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "xla"))
-        session.configure_jax()
-        yield
+def configured(shared_compilation_cache):
+    session.configure_jax()
 
 
 def open_parts(config):

@@ -45,6 +45,8 @@ ROLLOUT_FIELDS = {
     "finish_reason",
 }  # fmt: skip
 
+pytestmark = pytest.mark.usefixtures("shared_compilation_cache")
+
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
@@ -52,14 +54,6 @@ def root(tmp_path_factory):
     write_base(folder / "base")
     write_problems(folder)
     return folder
-
-
-@pytest.fixture(autouse=True, scope="module")
-def shared_compilation_cache(tmp_path_factory):
-    """One for this session, not the user's: what one test compiles, the next ones load."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "xla"))
-        yield
 
 
 @pytest.fixture(scope="module")

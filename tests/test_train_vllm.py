@@ -38,6 +38,7 @@ from jgrpo.rundir import read_metrics
 from jgrpo.train import train
 
 pytestmark = [
+    pytest.mark.usefixtures("shared_compilation_cache"),
     pytest.mark.vllm,
     pytest.mark.skipif(
         importlib.util.find_spec("vllm") is None,
@@ -48,13 +49,6 @@ ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
 TINY_BASE = Path(jgrpo.__file__).with_name("tiny_base")
 STEPS = 5
-
-
-@pytest.fixture(autouse=True, scope="module")
-def shared_compilation_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "xla"))
-        yield
 
 
 def steps_of(run: Path) -> list[dict]:
