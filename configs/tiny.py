@@ -22,6 +22,9 @@ config = Config(
     gradient_checkpointing=False,
     max_prompt_tokens=64,
     max_tokens=64,
+    expected_maximum_length=48,  # of the length penalty, where it is asked for
+    overlong_cache=24,
+    prm_model_id=str(BASE / "prm"),  # made by `python -m jgrpo.tiny_prm`
     n_eval_prompts=200,
     eval_every=5,
 )

@@ -24,3 +24,13 @@ def group_advantages(rewards: np.ndarray, std_norm: bool = True) -> np.ndarray:
         advantages /= r.std(axis=1, ddof=1, keepdims=True) + 1e-4
     advantages[(r == r[:, :1]).all(axis=1)] = 0.0
     return advantages.astype(np.float32)
+
+
+def leave_one_out(rewards: np.ndarray, std_norm: bool = False) -> np.ndarray:
+    """Return r - mean of the others in the group, float32 [P, G], of `rewards` [P, G] (RLOO:
+    Ahmadian et al., 2024, eq. 8; Kool et al., 2019): G / (G - 1) times r - mean.
+
+    `std_norm` divides by std + 1e-4 as in `group_advantages`, whose errors it shares.
+    """
+    n = np.shape(rewards)[-1]
+    return (group_advantages(rewards, std_norm) * np.float64(n / (n - 1))).astype(np.float32)

@@ -97,7 +97,7 @@ def same_symbolically(answer: str, gold: str) -> bool:
 
     math-verify's own time limits are off: they need signal.alarm, hence the main thread, and its
     except clauses turn their failure into "wrong". So this may take for ever on an answer that
-    slips through the guards of `quick_verdict`; `jgrpo.rewards.Grader` runs it where it can be
+    slips through the guards of `quick_verdict`; `jgrpo.grader.Grader` runs it where it can be
     killed. Raises whatever sympy raises.
     """
 
@@ -114,7 +114,7 @@ def is_correct(completion: str, gold: str) -> bool:
     r"""Return whether the last box of `completion` holds the bare answer `gold`.
 
     No box, an empty box, or an answer on which sympy fails or takes over IN_PROCESS_LIMIT_S is
-    False; never raises. In training use `jgrpo.rewards.Grader`, which counts those apart.
+    False; never raises. In training use `jgrpo.grader.Grader`, which counts those apart.
     """
     answer = last_boxed(completion)
     if answer is None:

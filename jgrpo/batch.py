@@ -22,6 +22,8 @@ class Rows:
     sampler_logprobs: Sequence[Sequence[float]]
     advantages: np.ndarray
     """float32 [N]"""
+    trained: np.ndarray | None = None
+    """bool [N]: the completions that are trained on; None: all"""
 
 
 class MicroBatch(NamedTuple):
@@ -48,9 +50,11 @@ def bucket(n: int) -> int:
 
 
 def completion_mask(rows: Rows) -> np.ndarray:
-    """float32 [N, longest completion]: 1 where a completion has a token."""
+    """float32 [N, longest completion]: 1 where a completion that is trained on has a token."""
     lengths = np.array([len(c) for c in rows.completions])
-    return (np.arange(lengths.max()) < lengths[:, None]).astype(np.float32)
+    trained = np.ones(len(lengths), bool) if rows.trained is None else rows.trained
+    there = np.arange(lengths.max()) < lengths[:, None]
+    return (there & trained[:, None]).astype(np.float32)
 
 
 def with_signal(advantages: np.ndarray) -> np.ndarray:
@@ -94,7 +98,7 @@ def _fill(rows: Rows, index: np.ndarray, height: int, width: int) -> MicroBatch:
         start, end = len(prompt), len(prompt) + len(completion)
         ids[b, :start], ids[b, start:end] = prompt, completion
         segments[b, :end] = 1
-        mask[b, start:end] = 1
+        mask[b, start:end] = rows.trained is None or rows.trained[i]
         sampler_logprobs[b, start:end] = rows.sampler_logprobs[i]
         advantages[b] = rows.advantages[i]
     return MicroBatch(ids, segments, mask, sampler_logprobs, advantages)

@@ -67,11 +67,32 @@ class Serve(Command):
     """Show the command and stop."""
 
 
+@dataclass(frozen=True)
+class AblateRuns(Command):
+    """Train variants of a config over several seeds, and report what they gain. The same command
+    goes on after a stop. A variant is the name of a config file beside --config (what it changes of
+    rank1.py), a FIELD=VALUE, or several joined by +."""
+
+    variants: tuple[str, ...] = ()
+    """Default: the study's whole table."""
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    """One run of each variant for each."""
+    out: Path = Path("ablations/study")
+    """Folder of the runs and the report."""
+    jobs: int = 1
+    """Runs at a time; the cores are shared among them."""
+    margin: float = 0.02
+    """Gain in accuracy (a fraction) below which a row counts as no gain."""
+
+
 C = TypeVar("C", bound=Command)
 
 
-def parse(kind: type[C], argv: Sequence[str] | None = None) -> C:
-    """Read the command line of one of the commands above. InputError for what cannot be used."""
+def parse(kind: type[C], argv: Sequence[str] | None = None, *, name: str = "") -> C:
+    """Read the command line of one of the commands above. InputError for what cannot be used.
+
+    `name` is the command's, if it is not that of the class.
+    """
     args = _plain_flags([STUDY_FLAGS.get(a, a) for a in (sys.argv[1:] if argv is None else argv)])
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found"
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
@@ -92,7 +113,7 @@ def parse(kind: type[C], argv: Sequence[str] | None = None) -> C:
         kind,
         args=args,
         default=kind(options=config),
-        prog=f"python -m jgrpo.{kind.__name__.lower()}",
+        prog=f"python -m jgrpo.{name or kind.__name__.lower()}",
         use_underscores=True,
     )
     if isinstance(command, Train) and command.resume is not None:
@@ -135,14 +156,17 @@ def resumed_config(run: Path) -> Config:
 
 
 def _check_resume(saved: Config, asked: Config) -> None:
+    changeable = set(CHANGEABLE_ON_RESUME)
+    if saved.lr_scheduler_type != "constant":
+        changeable.remove("n_grpo_steps")  # the learning rate falls to 0 at the last of them
     changed = [
         f"{f.name}: {getattr(saved, f.name)!r} -> {getattr(asked, f.name)!r}"
         for f in dataclasses.fields(Config)
-        if getattr(saved, f.name) != getattr(asked, f.name) and f.name not in CHANGEABLE_ON_RESUME
+        if getattr(saved, f.name) != getattr(asked, f.name) and f.name not in changeable
     ]
     if changed:
         raise InputError(
             "a resumed run cannot change what it computes:\n  "
             + "\n  ".join(changed)
-            + f"\nIt may change: {', '.join(sorted(CHANGEABLE_ON_RESUME))}"
+            + f"\nIt may change: {', '.join(sorted(changeable))}"
         )

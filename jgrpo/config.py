@@ -4,23 +4,13 @@ A config file is Python that defines `config = Config(...)`; a variant is `datac
 another. It is executed, so treat one from a stranger as you would treat a program.
 """
 
-import dataclasses
 import runpy
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Literal
 
+from jgrpo.checks import PROJECTIONS, VLLM_LORA_RANKS, problems_of
 from jgrpo.errors import InputError
-
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj")
-POSITIVE = (
-    *("lora_r", "lora_alpha", "lr", "n_grpo_steps", "n_prompts_per_step", "group_size"),
-    *("epochs_per_step", "micro_batch_size", "expected_maximum_length", "grader_timeout_s"),
-    *("grader_workers", "max_prompt_tokens", "vllm_timeout_s", "max_logprob_diff", "max_tokens"),
-    *("temperature", "n_eval_prompts", "checkpoint_every"),
-)
-VLLM_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +31,12 @@ class Config:
 
     # -- the update
     lr: float = 9e-5
-    """Adam's learning rate (constant; betas 0.9, 0.999; eps 1e-8; global gradient norm <= 1)."""
+    """Adam's highest learning rate (betas 0.9, 0.999; eps 1e-8; global gradient norm <= 1)."""
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
+    """After the warm-up: stay, or fall to 0 at the last update (n_grpo_steps x epochs_per_step x
+    updates_per_epoch)."""
+    warmup_steps: int = 0
+    """Optimizer updates over which the learning rate rises linearly from 0."""
     n_grpo_steps: int = 50
     """Steps: one rollout of n_prompts_per_step x group_size completions each."""
     n_prompts_per_step: int = 32
@@ -49,7 +44,10 @@ class Config:
     group_size: int = 8
     """Completions of one prompt; advantages are relative to their group."""
     epochs_per_step: int = 1
-    """Optimizer updates on each rollout (every one sees the whole rollout)."""
+    """Passes over each rollout (mu of the GRPO paper)."""
+    updates_per_epoch: int = 1
+    """Optimizer updates in a pass: the rollout is split into as many parts, by prompts. With more
+    than one update on a rollout the ratio leaves 1, and clip and KL to the old policy matter."""
     micro_batch_size: int = 4
     """Completions in one forward and backward at the longest length bucket; shorter buckets hold
     as many more as give the same number of tokens. Changes memory and speed, not the gradient. A
@@ -60,18 +58,48 @@ class Config:
     """Seeds the adapter, the prompt order and the samples."""
 
     # -- loss and advantage
+    loss_type: Literal["grpo", "dr_grpo", "gspo", "cispo", "rloo"] = "grpo"
+    """grpo: a ratio a token, mean over completions of their token means (DeepSeekMath).
+    dr_grpo: sum over tokens / (completions x max_tokens); take --no_std_norm with it.
+    gspo: a ratio a completion, exp(mean log ratio). rloo: a ratio a completion, exp(sum log ratio).
+    cispo: -stop_gradient(min(ratio, cispo_max_ratio)) A logprob, mean over tokens (MiniMax-M1)."""
     use_std_norm: bool = True
     """Divide a group's advantages by their standard deviation."""
+    use_leave_one_out: bool = False
+    """A = reward - mean of the others in the group (RLOO), in place of - mean of the group."""
     use_kl_penalty: bool = False
-    """Add beta times the KL estimate to the old policy, per token."""
+    """Add beta times a KL estimate, per token."""
     beta: float = 0.04
     """Weight of the KL penalty."""
+    kl_to: Literal["old", "base"] = "old"
+    """KL to the policy at the start of the step (the study's), or to the base model (adapter off;
+    a forward pass more)."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """k3 = e^d - d - 1, k1 = -d, k2 = d^2 / 2 (Schulman 2020), with d = log pi_other - log pi_of
+    the samples; losses.py states the bias of each."""
     use_clip: bool = False
-    """Clip the ratio to [1 - clip_eps, 1 + clip_eps] (PPO)."""
+    """Clip the ratio to [1 - clip_eps, 1 + clip_eps_high] (PPO)."""
     clip_eps: float = 0.2
-    """Half-width of the clip range."""
+    """Lower width of the clip range."""
+    clip_eps_high: float | None = None
+    """Upper width of the clip range; None: clip_eps. Larger is DAPO's clip-higher."""
+    cispo_max_ratio: float = 5.0
+    """Cap of CISPO's ratio, an absolute value (5: ScaleRL, Khatri et al. 2025)."""
     use_token_level_loss: bool = False
     """Average over all tokens of the update (DAPO) instead of over completions."""
+    use_importance_weights: bool = False
+    """Weigh each token by min(pi_old / pi_sampler, importance_weight_cap), for the gap between
+    sampler and trainer (truncated importance sampling)."""
+    importance_weight_cap: float = 2.0
+    """Largest weight of a token."""
+    entropy_coef: float = 0.0
+    """Weight of an entropy bonus, per token (nats)."""
+    mask_truncated_completions: bool = False
+    """Do not train on completions that max_tokens cut off."""
+    use_dynamic_sampling: bool = False
+    """Replace prompts whose completions are all right or all wrong by others (DAPO)."""
+    max_sampling_rounds: int = 4
+    """Rollouts that dynamic sampling may spend on one step; then it takes what it has."""
 
     # -- reward
     use_length_penalty: bool = False
@@ -80,6 +108,18 @@ class Config:
     """Completion tokens at which the length penalty reaches -1."""
     overlong_cache: int = 512
     """Tokens before expected_maximum_length at which the penalty starts."""
+    use_prm: bool = False
+    """Mix in the mean step score of a process reward model."""
+    process_reward_weight: float = 0.5
+    """w in reward = (1 - w) outcome + w process."""
+    prm_model_id: str = "Skywork/Skywork-o1-Open-PRM-Qwen-2.5-1.5B"
+    """Process reward model: a hub id or folder of that layout (Qwen2.5 body, v_head.summary)."""
+    prm_batch_size: int = 16
+    """Completions that the process reward model scores at once."""
+    reward_function: str = ""
+    """Your own reward in place of the outcome, `file.py:function` or `module:function`. Called with
+    prompts, completions, completion_ids, gold and correct, a list each, it returns a number for
+    each completion. It is code of yours and runs as such."""
     grader_timeout_s: float = 3.0
     """Seconds that checking one answer may take, counted from when its check starts."""
     grader_workers: int = 2
@@ -133,12 +173,21 @@ class Config:
     def __post_init__(self) -> None:
         if isinstance(self.lora_target_modules, list):  # as JSON has it
             object.__setattr__(self, "lora_target_modules", tuple(self.lora_target_modules))
-        if problems := list(_wrong_types(self)) or list(_wrong_values(self)):
+        if problems := problems_of(self):
             raise InputError("bad config:\n" + "\n".join(f"  {p}" for p in problems))
 
     @property
     def n_completions_per_step(self) -> int:
         return self.n_prompts_per_step * self.group_size
+
+    @property
+    def updates_per_rollout(self) -> int:
+        return self.epochs_per_step * self.updates_per_epoch
+
+    @property
+    def n_updates(self) -> int:
+        """Optimizer updates of the whole run."""
+        return self.n_grpo_steps * self.updates_per_rollout
 
     @property
     def max_model_len(self) -> int:
@@ -153,78 +202,6 @@ class Config:
     @property
     def vllm_urls(self) -> tuple[str, ...]:
         return tuple(url.strip().rstrip("/") for url in self.vllm_url.split(","))
-
-
-def _wrong_types(c: Config) -> Iterator[str]:
-    """Yield one line for each field that is of another type: field, value, requirement."""
-    for field in dataclasses.fields(c):
-        value = getattr(c, field.name)
-        if get_origin(field.type) is Literal:
-            choices = get_args(field.type)
-            if value not in choices:
-                yield f"{field.name}={value!r}: must be one of {', '.join(choices)}"
-        elif not _is_a(value, field.type):
-            yield f"{field.name}={value!r}: must be of type {getattr(field.type, '__name__', '')}"
-
-
-def _wrong_values(c: Config) -> Iterator[str]:
-    """Yield one line for each field whose value cannot work: field, value, requirement."""
-    for name in POSITIVE:
-        if not 0 < getattr(c, name) < float("inf"):
-            yield f"{name}={getattr(c, name)!r}: must be positive"
-    for name in ("seed", "eval_every", "beta", "overlong_cache"):
-        if not 0 <= getattr(c, name) < 2**31:
-            yield f"{name}={getattr(c, name)!r}: must not be negative, and below 2**31"
-    if c.group_size == 1:
-        yield "group_size=1: a group of one has no advantage; use 2 or more"
-    if not 0 < c.clip_eps < 1:
-        yield f"clip_eps={c.clip_eps}: must be between 0 and 1"
-    if c.overlong_cache > c.expected_maximum_length:
-        yield (
-            f"overlong_cache={c.overlong_cache}: must not exceed "
-            f"expected_maximum_length={c.expected_maximum_length}"
-        )
-    unknown = [m for m in c.lora_target_modules if m not in PROJECTIONS]
-    if (
-        unknown
-        or not c.lora_target_modules
-        or len(set(c.lora_target_modules)) < len(c.lora_target_modules)
-    ):
-        yield (
-            f"lora_target_modules={c.lora_target_modules!r}: name each of "
-            f"{', '.join(PROJECTIONS)} at most once, and at least one"
-        )
-    if c.rollout == "vllm":
-        if c.lora_r > VLLM_LORA_RANKS[-1]:
-            yield f"lora_r={c.lora_r}: vLLM admits at most {VLLM_LORA_RANKS[-1]}; or --rollout jax"
-        for url in c.vllm_urls:
-            if not url.startswith(("http://", "https://")):
-                yield f"vllm_url={c.vllm_url!r}: {url!r} must start with http:// or https://"
-
-
-def without_effect(c: Config) -> list[str]:
-    """Warnings: techniques asked for that cannot change anything beside the other options."""
-    warnings = []
-    if c.epochs_per_step == 1 and (c.use_clip or c.use_kl_penalty):
-        warnings.append(
-            "use_clip and use_kl_penalty change nothing with epochs_per_step=1: the one update of "
-            "a rollout starts from the policy that sampled it, so every ratio is 1, nothing is "
-            "clipped, and the KL has no gradient"
-        )
-    if c.use_length_penalty and c.max_tokens <= c.expected_maximum_length - c.overlong_cache:
-        warnings.append(
-            f"use_length_penalty changes nothing: the penalty starts above "
-            f"{c.expected_maximum_length - c.overlong_cache} tokens, and max_tokens={c.max_tokens}"
-        )
-    return warnings
-
-
-def _is_a(value: Any, kind: Any) -> bool:
-    if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, get_origin(kind) or kind)
 
 
 def load_config(file: str | Path) -> Config:

@@ -24,29 +24,30 @@ def token_logprobs(
     *,
     temperature: float = 1.0,
     checkpoint: bool = False,
+    entropy_gradient: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """ids, segments, mask [N, T] -> logprobs and entropies, float32 [N, T], 0 where mask is 0.
 
     logprobs[n, t] = log softmax(logits[n, t-1] / temperature)[ids[n, t]], and entropies[n, t] is
-    that distribution's entropy in nats (no gradient). The first token of a segment has none: its
-    mask must be 0. The gradient is that of the hidden states; the head is frozen.
+    that distribution's entropy in nats (without a gradient, unless `entropy_gradient`). The first
+    token of a segment has none: its mask must be 0. The gradient is that of the hidden states; the
+    head is frozen.
     """
     hidden, _ = model.model(
         ids, positions_in(segments), full_attention(segments), checkpoint=checkpoint
     )
     before = jnp.roll(hidden, 1, axis=1).reshape(-1, hidden.shape[-1])
-    values = _chunked_head(model, before, ids.reshape(-1), mask.reshape(-1) > 0, temperature)
+    head = _head(model, temperature)
+    values = _chunked(
+        head, before, ids.reshape(-1), mask.reshape(-1) > 0,
+        chunk=_chunk_rows(model.config.vocab_size), entropy_gradient=entropy_gradient,
+    )  # fmt: skip
     logprobs, entropies = (v.reshape(ids.shape) for v in values)
     return logprobs, entropies
 
 
-def _chunked_head(model, hidden, targets, wanted, temperature):
-    """hidden [M, D], targets, wanted [M] -> logprob and entropy [M] of the wanted rows.
-
-    Where a gradient is asked for, that of each logprob by its hidden state [M, D] is computed with
-    it and kept, so that the backward pass does not come to the head again. (Differentiating
-    through the scan would save the kernel once a chunk: JAX stacks what a cond keeps.)
-    """
+def _head(model, temperature):
+    """hidden [M, D], targets [M] -> the targets' logprobs, and the entropies [M]."""
 
     def head(hidden, targets):
         logits = model.logits(hidden) / temperature
@@ -55,23 +56,38 @@ def _chunked_head(model, hidden, targets, wanted, temperature):
         entropies = log_z - jnp.sum(jnp.exp(logits - log_z[:, None]) * logits, axis=-1)
         return logprobs, entropies
 
-    def head_and_gradient(hidden, targets):
-        logprobs, pull_back, entropies = jax.vjp(lambda h: head(h, targets), hidden, has_aux=True)
-        return logprobs, entropies, pull_back(jnp.ones_like(logprobs))[0]
+    return head
 
-    rows = partial(_by_chunks, wanted=wanted, chunk=_chunk_rows(model.config.vocab_size))
+
+def _chunked(head, hidden, targets, wanted, *, chunk, entropy_gradient):
+    """`head` of the wanted rows of hidden [M, D], a chunk at a time; 0 for the others.
+
+    Where a gradient is asked for, that of each logprob (and entropy) by its hidden state [M, D] is
+    computed with it and kept, so that the backward pass does not come to the head again.
+    (Differentiating through the scan would save the kernel once a chunk: JAX stacks what a cond
+    keeps.)
+    """
+
+    def head_and_gradients(hidden, targets):
+        logprobs, of_logprobs, entropies = jax.vjp(lambda h: head(h, targets), hidden, has_aux=True)
+        gradients = of_logprobs(jnp.ones_like(logprobs))
+        if entropy_gradient:
+            _, of_entropies = jax.vjp(lambda h: head(h, targets)[1], hidden)
+            gradients += of_entropies(jnp.ones_like(entropies))
+        return (logprobs, entropies), gradients
+
+    rows = partial(_by_chunks, wanted=wanted, chunk=chunk)
 
     @jax.custom_vjp
     def run(hidden):
         return rows(head, hidden, targets)
 
     def forward(hidden):
-        *values, gradient = rows(head_and_gradient, hidden, targets)
-        return tuple(values), gradient
+        return rows(head_and_gradients, hidden, targets)
 
-    def backward(gradient, cotangents):
-        of_logprobs, _ = cotangents
-        return ((gradient * of_logprobs[:, None]).astype(gradient.dtype),)
+    def backward(gradients, cotangents):
+        weighed = (g * c[:, None] for g, c in zip(gradients, cotangents, strict=False))
+        return (sum(weighed).astype(hidden.dtype),)
 
     run.defvjp(forward, backward)
     return run(hidden)

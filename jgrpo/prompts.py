@@ -7,7 +7,7 @@ is counted in the report, by reason, with examples.
 
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,15 @@ def step_indices(n_problems: int, n_prompts_per_step: int, seed: int, step: int)
         for epoch in np.unique(positions // n_problems).tolist()
     }
     return [int(orders[p // n_problems][p % n_problems]) for p in positions.tolist()]
+
+
+def replacement_indices(
+    n_problems: int, n: int, seed: int, step: int, sampling_round: int, used: Set[int]
+) -> list[int]:
+    """At most n problems that the step has not `used` yet, for prompts that had nothing to teach:
+    the first ones of a permutation drawn from (seed, step, round)."""
+    order = np.random.default_rng((seed, step, sampling_round)).permutation(n_problems).tolist()
+    return [i for i in order if i not in used][:n]
 
 
 def read_row(fields: Mapping[str, Any]) -> tuple[str, str]:

@@ -54,8 +54,9 @@ class Sampler(Protocol):
         """Give back what the sampler holds (connections, loaded adapters)."""
 
 
-def prompt_seeds(seed: int, step: int, n: int) -> list[int]:
-    """A seed in [0, 2**31) for each of a step's n prompts: a hash of (seed, step, place), so that
-    they lie far apart (vLLM gives completion g of a prompt the prompt's seed + g)."""
-    state = np.random.SeedSequence((seed, step)).generate_state(n)
+def prompt_seeds(seed: int, step: int, n: int, sampling_round: int = 0) -> list[int]:
+    """A seed in [0, 2**31) for each of a step's n prompts: a hash of (seed, step, round, place), so
+    that they lie far apart (vLLM gives completion g of a prompt the prompt's seed + g)."""
+    key = (seed, step, sampling_round) if sampling_round else (seed, step)
+    state = np.random.SeedSequence(key).generate_state(n)
     return (state >> 1).tolist()

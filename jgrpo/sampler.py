@@ -95,7 +95,8 @@ class JaxSampler:
     ) -> list[list[Completion]]:
         """As `rollout.Sampler.sample`; the logprobs equal the trainer's (1e-4 in float32)."""
         size = max(1, self.max_rows // group_size)
-        size = min(size, 1 << (len(prompts) - 1).bit_length())
+        while size >= 4 * len(prompts):  # few sizes: each is a compilation
+            size //= 4
         completions: list[list[Completion]] = []
         for start in range(0, len(prompts), size):
             chunk = slice(start, start + size)

@@ -22,10 +22,12 @@ from jgrpo.adapter import AdapterConfig
 from jgrpo.batch import Rows, micro_batches
 from jgrpo.config import Config
 from jgrpo.errors import RunError
+from jgrpo.grader import Grader, Grades
 from jgrpo.logprobs import token_logprobs
 from jgrpo.lora import fresh_adapter, split
+from jgrpo.prm import ProcessRewards
 from jgrpo.prompts import Problem, load_problems
-from jgrpo.rewards import Grader, Grades
+from jgrpo.rewards import RewardFunction, load_function
 from jgrpo.rollout import Completion, Progress, Sampler, prompt_seeds
 from jgrpo.sampler import JaxSampler
 from jgrpo.tokenizer import load_tokenizer, stop_token_ids
@@ -144,6 +146,24 @@ def open_grader(config: Config, stack: ExitStack) -> Grader:
     """A grader whose workers start in the background; call its self_test before the first step."""
     grader = Grader(max_workers=config.grader_workers, timeout_s=config.grader_timeout_s)
     return stack.enter_context(grader)
+
+
+@dataclass(frozen=True)
+class Scorers:
+    """What scores completions beside the grader, where the config asks for it."""
+
+    process: ProcessRewards | None
+    custom: RewardFunction | None
+
+
+def open_scorers(config: Config) -> Scorers:
+    """The process reward model and the user's reward function. InputError if one cannot be used."""
+    custom = load_function(config.reward_function) if config.reward_function else None
+    process = None
+    if config.use_prm:
+        folder = model_folder(config.prm_model_id)
+        process = ProcessRewards(folder, dtype=config.dtype, batch_size=config.prm_batch_size)
+    return Scorers(process, custom)
 
 
 def evaluate(

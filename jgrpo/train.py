@@ -15,23 +15,25 @@ if __name__ == "__main__":  # before JAX is imported: help and mistakes are answ
 import shutil
 import signal
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
 
 from jgrpo import adapter as adapters
-from jgrpo.advantages import group_advantages
-from jgrpo.batch import Rows, completion_mask, micro_batches, with_signal
+from jgrpo.advantages import group_advantages, leave_one_out
+from jgrpo.batch import Rows
 from jgrpo.checkpoint import Checkpoints
-from jgrpo.config import Config, without_effect
-from jgrpo.losses import LOSSES
+from jgrpo.checks import without_effect
+from jgrpo.collect import Collector, Rollout
+from jgrpo.config import Config
+from jgrpo.grader import Grader
+from jgrpo.learner import Learner
 from jgrpo.plot import draw
-from jgrpo.prompts import Problem, step_indices
-from jgrpo.rewards import Grader, Grades, length_penalty
-from jgrpo.rollout import Completion, Sampler, prompt_seeds
+from jgrpo.rewards import combine, custom_rewards, length_penalty
+from jgrpo.rollout import Sampler
 from jgrpo.rundir import (
     named_run_dir,
     next_run_dir,
@@ -45,6 +47,7 @@ from jgrpo.runlog import RunLog
 from jgrpo.session import (
     Policy,
     Problems,
+    Scorers,
     check_sampler,
     configure_jax,
     evaluate,
@@ -52,8 +55,8 @@ from jgrpo.session import (
     open_policy,
     open_problems,
     open_sampler,
+    open_scorers,
 )
-from jgrpo.update import Update, adam, loss_denominator
 
 
 def train(config: Config, resume: Path | None = None) -> Path:
@@ -65,6 +68,7 @@ def train(config: Config, resume: Path | None = None) -> Path:
     with ExitStack() as stack:
         problems = open_problems(config)
         grader = open_grader(config, stack)
+        scorers = open_scorers(config)
         policy = open_policy(config)
         run_dir = resume or new_run_dir(config)
         stack.callback(remove_if_empty, run_dir)
@@ -82,7 +86,7 @@ def train(config: Config, resume: Path | None = None) -> Path:
         for line in without_effect(config):
             log.info(line, style="yellow")
         write_config(run_dir, config, {"devices": [str(d) for d in jax.devices()]})
-        loop = Loop(config, run_dir, problems, policy, sampler, grader, log, checkpoints)
+        loop = Loop(config, run_dir, problems, policy, sampler, grader, scorers, log, checkpoints)
         if resume:
             loop.restore(first)
         try:
@@ -112,32 +116,24 @@ class Loop:
         policy: Policy,
         sampler: Sampler,
         grader: Grader,
+        scorers: Scorers,
         log: RunLog,
         checkpoints: Checkpoints,
     ):
         self.config, self.run_dir, self.problems, self.policy = config, run_dir, problems, policy
-        self.sampler, self.grader, self.log, self.checkpoints = sampler, grader, log, checkpoints
-        self.loss = partial(
-            LOSSES["grpo"],
-            clip_eps=config.clip_eps if config.use_clip else None,
-            beta=config.beta if config.use_kl_penalty else 0.0,
-            token_level=config.use_token_level_loss,
-        )
-        optimizer = adam(config.lr)
-        self.update = Update(
-            policy.graph,
-            self.loss,
-            optimizer,
-            temperature=config.temperature,
-            checkpoint=config.gradient_checkpointing,
-        )
-        self.state = policy.adapter, optimizer.init(policy.adapter)
-        self.whole = 0, jax.device_get(self.state)  # the last whole step, safe from donation
+        self.sampler, self.grader, self.scorers = sampler, grader, scorers
+        self.log, self.checkpoints = log, checkpoints
+        self.collector = Collector(config, problems, sampler, grader)
+        self.learner = Learner(config, policy.graph, policy.adapter, policy.base)
+        self.whole = (
+            0,
+            jax.device_get(self.learner.state),
+        )  # the last whole step, safe from donation
 
     def restore(self, first: int) -> None:
         """The state after step `first`, and nothing of the later ones, which come again."""
-        self.state = self.checkpoints.restore(first, self.state)
-        self.whole = first, jax.device_get(self.state)
+        self.learner.state = self.checkpoints.restore(first, self.learner.state)
+        self.whole = first, jax.device_get(self.learner.state)
         for folder in (self.run_dir / "adapters").glob("step_*"):
             if int(folder.name.removeprefix("step_")) > first:
                 shutil.rmtree(folder)
@@ -173,83 +169,47 @@ class Loop:
     def step(self, step: int) -> None:
         """Sample with adapter step - 1, learn from it, publish adapter `step`, log."""
         c, log, start_s = self.config, self.log, time.perf_counter()
-        order = step_indices(len(self.problems.train), c.n_prompts_per_step, c.seed, step)
-        asked = [self.problems.train[i] for i in order]
-        with log.phase("generation", c.n_completions_per_step) as progress:
-            groups = self.sampler.sample(
-                [p.prompt_ids for p in asked],
-                seeds=prompt_seeds(c.seed, step, len(asked)),
-                group_size=c.group_size,
-                temperature=c.temperature,
-                progress=progress,
-            )
+        rollout = self.collector.collect(step, log)
         with log.phase("reward"):
-            texts = [[self.problems.text(completion) for completion in g] for g in groups]
-            grades = self.grader.grade(texts, [p.gold for p in asked])
-            rewards = self.rewards(grades, groups)
-            advantages = group_advantages(rewards, std_norm=c.use_std_norm)
+            parts = self.reward_parts(rollout)
+            rewards = combine(parts, c.process_reward_weight)
+            advantages_of = leave_one_out if c.use_leave_one_out else group_advantages
+            advantages = advantages_of(rewards, c.use_std_norm)
         with log.phase("training"):
-            metrics = self.train_on(asked, groups, advantages)
+            rows = rows_of(rollout, advantages, c.mask_truncated_completions)
+            metrics = self.learner.learn(rows)
         with log.phase("export"):
-            self.write_rollouts(step, asked, groups, texts, rewards, advantages)
+            write_rollouts(self.run_dir, step, lines_of(rollout, parts, rewards, advantages))
         self.publish(step)
-        metrics |= rollout_metrics(grades, groups, rewards, advantages)
-        metrics["train/compilations"] = self.update.n_compilations
+        metrics |= step_metrics(rollout, parts, rewards, advantages)
         metrics |= log.take_seconds() | {"time/step": time.perf_counter() - start_s}
         log.log(step, metrics)
-        self.whole = step, jax.device_get(self.state)
+        self.whole = step, jax.device_get(self.learner.state)
 
-    def rewards(self, grades: Grades, groups: list[list[Completion]]) -> np.ndarray:
-        """Outcome, plus the length penalty if it is asked for -> float32 [P, G]."""
-        c = self.config
-        if not c.use_length_penalty:
-            return grades.correct
-        n_tokens = np.array([[len(completion.token_ids) for completion in g] for g in groups])
-        return grades.correct + length_penalty(
-            n_tokens, c.expected_maximum_length, c.overlong_cache
-        )
-
-    def train_on(
-        self, asked: list[Problem], groups: list[list[Completion]], advantages: np.ndarray
-    ) -> dict[str, float]:
-        """`epochs_per_step` optimizer updates on one rollout -> metrics, means over the updates."""
-        c = self.config
-        rows = Rows(
-            [p.prompt_ids for p in asked for _ in range(c.group_size)],
-            [completion.token_ids for g in groups for completion in g],
-            [completion.logprobs for g in groups for completion in g],
-            advantages.reshape(-1),
-        )
-        # A zero advantage means a zero gradient, unless a KL term pulls in a later epoch.
-        skip = not (c.use_kl_penalty and c.epochs_per_step > 1)
-        index = with_signal(rows.advantages) if skip else np.arange(len(rows.advantages))
-        batches = micro_batches(
-            rows, index, micro_batch_size=c.micro_batch_size, max_model_len=c.max_model_len
-        )
-        denominator = loss_denominator(self.loss, completion_mask(rows))
-        old_logprobs, history = None, []
-        for _ in range(c.epochs_per_step):
-            *state, metrics, logprobs = self.update(
-                *self.state, self.policy.base, batches, denominator, old_logprobs
+    def reward_parts(self, rollout: Rollout) -> dict[str, np.ndarray]:
+        """Each part of the reward that the config asks for, float32 [P, G]."""
+        c, groups = self.config, rollout.groups
+        texts = [g.texts for g in groups]
+        parts = {"outcome": rollout.correct}
+        if self.scorers.custom is not None:
+            ids = [[completion.token_ids for completion in g.completions] for g in groups]
+            prompts, golds = [g.problem.prompt for g in groups], [g.problem.gold for g in groups]
+            parts["custom"] = custom_rewards(
+                self.scorers.custom, prompts, texts, ids, golds, rollout.correct
             )
-            self.state = tuple(state)
-            old_logprobs = old_logprobs or logprobs
-            history.append(metrics)
-        values = jax.device_get(history)
-        if not all(np.isfinite([m["train/loss"], m["train/grad_norm"]]).all() for m in values):
-            raise RunError(
-                f"the loss or its gradient is not finite: {values[-1]}. A lower lr may help"
-            )
-        means = {tag: float(np.mean([m[tag] for m in values])) for tag in values[0]}
-        gap = {tag: float(x) for tag, x in values[0].items() if tag.startswith("sampler/")}
-        return means | gap  # the sampler's policy is the one before the first update
+        if self.scorers.process is not None:
+            parts["process"] = self.scorers.process([g.problem.problem for g in groups], texts)
+        if c.use_length_penalty:
+            limits = c.expected_maximum_length, c.overlong_cache
+            parts["length_penalty"] = length_penalty(rollout.n_tokens, *limits)
+        return parts
 
     def publish(self, step: int) -> None:
         """Write adapter `step` and have the sampler load it."""
         c, folder = self.config, self.adapter_folder(step)
         shape = adapters.AdapterConfig(c.lora_r, c.lora_alpha, c.lora_target_modules)
         with self.log.phase("export"):
-            adapters.save(self.state[0], folder, shape, c.model_id)
+            adapters.save(self.learner.state[0], folder, shape, c.model_id)
         with self.log.phase("reload"):
             self.sampler.load(folder)
 
@@ -264,41 +224,45 @@ class Loop:
             metrics, _, _ = evaluate(self.sampler, self.grader, self.problems, progress)
         self.log.log(step, metrics | self.log.take_seconds())
 
-    def write_rollouts(self, step, asked, groups, texts, rewards, advantages) -> None:
-        """One line a completion; other programs rely on the fields."""
-        lines = (
-            {
-                "prompt": problem.prompt,
-                "completion": texts[p][g],
-                "prompt_ids": problem.prompt_ids,
+
+def rows_of(rollout: Rollout, advantages: np.ndarray, mask_truncated: bool) -> Rows:
+    """A rollout as the learner takes it: N = P * G rows, groups together."""
+    completions = [completion for g in rollout.groups for completion in g.completions]
+    return Rows(
+        [g.problem.prompt_ids for g in rollout.groups for _ in g.completions],
+        [completion.token_ids for completion in completions],
+        [completion.logprobs for completion in completions],
+        advantages.reshape(-1),
+        ~rollout.truncated.reshape(-1) if mask_truncated else None,
+    )
+
+
+def step_metrics(rollout: Rollout, parts, rewards, advantages) -> dict[str, float]:
+    """Figures of all that was sampled, and of the rewards that were trained on, part by part."""
+    return rollout.metrics | {
+        "train/reward_mean": float(rewards.mean()),
+        "train/zero_advantage_fraction": float((advantages == 0).mean()),
+        **{f"reward/{name}": float(part.mean()) for name, part in parts.items()},
+    }
+
+
+def lines_of(rollout: Rollout, parts, rewards, advantages) -> Iterator[dict]:
+    """One line a completion for the rollouts file; other programs rely on the fields."""
+    for p, group in enumerate(rollout.groups):
+        for g, completion in enumerate(group.completions):
+            yield {
+                "problem": group.problem.problem,
+                "prompt": group.problem.prompt,
+                "completion": group.texts[g],
+                "prompt_ids": group.problem.prompt_ids,
                 "token_ids": completion.token_ids,
                 "sampler_logprobs": completion.logprobs,
-                "gold": problem.gold,
+                "gold": group.problem.gold,
                 "reward": rewards[p, g],
+                "reward_parts": {name: part[p, g] for name, part in parts.items()},
                 "advantage": advantages[p, g],
                 "finish_reason": completion.finish_reason,
             }
-            for p, problem in enumerate(asked)
-            for g, completion in enumerate(groups[p])
-        )
-        write_rollouts(self.run_dir, step, lines)
-
-
-def rollout_metrics(grades, groups, rewards, advantages) -> dict[str, float]:
-    """What a step's completions show, before any training on them."""
-    flat = [completion for group in groups for completion in group]
-    lengths = np.array([len(completion.token_ids) for completion in flat])
-    return {
-        "train/accuracy": float(grades.correct.mean()),
-        "train/reward_mean": float(rewards.mean()),
-        "train/boxed_fraction": float(grades.boxed.mean()),
-        "train/avg_gen_length": float(lengths.mean()),
-        "train/truncated_fraction": float(np.mean([x.finish_reason == "length" for x in flat])),
-        "train/zero_advantage_fraction": float((advantages == 0).mean()),
-        "tokens/generated": float(lengths.sum()),
-        "reward/errors": float(grades.errors),
-        "reward/timeouts": float(grades.timeouts),
-    }
 
 
 def new_run_dir(config: Config) -> Path:

@@ -18,8 +18,13 @@ from jgrpo.batch import MicroBatch
 from jgrpo.logprobs import token_logprobs
 from jgrpo.losses import Terms, k3
 
-Loss = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], Terms]
+Loss = Callable[..., Terms]
+"""One of `losses.LOSSES` with its options bound. Besides logprobs, old_logprobs, advantages and
+mask it is given the arrays ref_logprobs (if there are any), sampler_logprobs and entropies."""
+Schedule = Callable[[int], float]
 Tree = Any
+Arrays = Sequence[jax.Array]
+"""float32 [B, T], one a micro-batch."""
 
 
 class Sums(NamedTuple):
@@ -33,7 +38,22 @@ class Sums(NamedTuple):
 OUR_SUMS = ("loss", "entropy", "tokens", "gap", "sampler_kl")
 
 
-def adam(lr: float) -> optax.GradientTransformation:
+def learning_rate(kind: str, lr: float, n_updates: int, warmup_steps: int = 0) -> Schedule | float:
+    """The learning rate by the count of updates made: a linear rise over `warmup_steps`, then
+    `kind`: constant, or linear or cosine down to 0 at n_updates."""
+    if kind == "constant" and not warmup_steps:
+        return lr
+    left = n_updates - warmup_steps
+    after: dict[str, Schedule] = {
+        "constant": optax.constant_schedule(lr),
+        "linear": optax.linear_schedule(lr, 0.0, left),
+        "cosine": optax.cosine_decay_schedule(lr, left),
+    }
+    rise = optax.linear_schedule(0.0, lr, warmup_steps)
+    return optax.join_schedules([rise, after[kind]], [warmup_steps])
+
+
+def adam(lr: Schedule | float) -> optax.GradientTransformation:
     """Adam without weight decay, the global gradient norm clipped at 1 (the study's optimizer)."""
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(lr, b1=0.9, b2=0.999, eps=1e-8))
 
@@ -41,8 +61,8 @@ def adam(lr: float) -> optax.GradientTransformation:
 class Update:
     """Compiled once for each shape of micro-batch.
 
-    `loss` is one of `losses.LOSSES` with its options bound. Without old_logprobs the policy is the
-    one that sampled (first update of a rollout): they equal the logprobs, and no pass is spent.
+    Without old_logprobs the policy is the one that sampled (first update of a rollout): they equal
+    the logprobs, and no pass is spent. `entropy_gradient` lets the loss see that of the entropies.
     """
 
     def __init__(
@@ -53,10 +73,16 @@ class Update:
         *,
         temperature: float = 1.0,
         checkpoint: bool = False,
+        entropy_gradient: bool = False,
     ):
         self.graph, self.loss, self.optimizer = graph, loss, optimizer
-        self.temperature, self.checkpoint = temperature, checkpoint
+        self.options: dict[str, Any] = {
+            "temperature": temperature,
+            "checkpoint": checkpoint,
+            "entropy_gradient": entropy_gradient,
+        }
         self._accumulate = jax.jit(self._micro_step, donate_argnums=0)
+        self._forward = jax.jit(lambda *args: self._token_logprobs(*args)[0])
         self._apply = jax.jit(self._optimizer_step, donate_argnums=(0, 1))
 
     def __call__(
@@ -66,59 +92,67 @@ class Update:
         base: Tree,
         batches: Sequence[MicroBatch],
         denominator: float,
-        old_logprobs: Sequence[jax.Array] | None = None,
+        old_logprobs: Arrays | None = None,
+        ref_logprobs: Arrays | None = None,
     ) -> tuple[Tree, Tree, dict[str, jax.Array], list[jax.Array]]:
         """One optimizer update -> adapter, opt_state, metrics (on the device), logprobs.
 
         `denominator` is the loss's for all completions of the rollout, also those left out of
-        `batches` because their advantage is zero. The logprobs, one array a micro-batch, are what
-        a second update on the same rollout takes as old_logprobs.
+        `batches` because their advantage is zero. The logprobs are what a second update on the
+        same rollout takes as old_logprobs.
         """
-        total, logprobs = self._sum(adapter, base, batches, old_logprobs)
+        total, logprobs = self._sum(adapter, base, batches, old_logprobs, ref_logprobs)
         return *self._apply(adapter, opt_state, total, denominator), logprobs
+
+    def logprobs(self, adapter, base, batches: Sequence[MicroBatch]) -> list[jax.Array]:
+        """A forward pass alone: the policy's logprobs of each micro-batch."""
+        return [self._forward(adapter, base, batch) for batch in batches]
 
     def gradient(self, adapter, base, batches, denominator) -> Tree:
         """The gradient alone, as the optimizer would see it before clipping."""
-        total, _ = self._sum(adapter, base, batches, None)
+        total, _ = self._sum(adapter, base, batches, None, None)
         return jax.tree.map(lambda g: g / denominator, total.gradient)
 
     @property
     def n_compilations(self) -> int:
-        """Programs compiled so far: at most one a shape of micro-batch, and one for the rest."""
-        return sum(f._cache_size() for f in (self._accumulate, self._apply))  # type: ignore[attr-defined]
+        """Programs compiled so far: for each shape of micro-batch one with the gradient, one
+        forward alone where that is needed, one more where only later updates have old_logprobs;
+        and the optimizer's."""
+        programs = (self._accumulate, self._forward, self._apply)
+        return sum(f._cache_size() for f in programs)  # type: ignore[attr-defined]
 
-    def _sum(self, adapter, base, batches, old_logprobs) -> tuple[Sums, list[jax.Array]]:
+    def _sum(self, adapter, base, batches, old, ref) -> tuple[Sums, list[jax.Array]]:
         total, logprobs = self._zeros(adapter), []
-        for i, batch in enumerate(batches):
-            old = None if old_logprobs is None else old_logprobs[i]
-            total, new = self._accumulate(total, adapter, base, batch, old)
+        nothing = [None] * len(batches)
+        for batch, o, r in zip(batches, old or nothing, ref or nothing, strict=True):
+            total, new = self._accumulate(total, adapter, base, batch, o, r)
             logprobs.append(new)
         return total, logprobs
 
+    def _token_logprobs(self, adapter, base, batch) -> tuple[jax.Array, jax.Array]:
+        model = nnx.merge(self.graph, adapter, base)
+        return token_logprobs(model, batch.ids, batch.segments, batch.mask, **self.options)
+
     def _zeros(self, adapter) -> Sums:
         one = jnp.zeros((1, 1))
-        names = [*jax.eval_shape(self.loss, one, one, one[0], one)[2], *OUR_SUMS]
+        arrays = {"sampler_logprobs": one, "entropies": one}
+        names = [*jax.eval_shape(self.loss, one, one, one[0], one, **arrays)[2], *OUR_SUMS]
         gradient = jax.tree.map(jnp.zeros_like, adapter)
         return Sums(gradient, {name: jnp.zeros(()) for name in names}, jnp.zeros(()))
 
-    def _micro_step(self, total: Sums, adapter, base, batch, old_logprobs):
+    def _micro_step(self, total: Sums, adapter, base, batch, old_logprobs, ref_logprobs):
         def numerator(adapter):
-            model = nnx.merge(self.graph, adapter, base)
-            logprobs, entropies = token_logprobs(
-                model,
-                batch.ids,
-                batch.segments,
-                batch.mask,
-                temperature=self.temperature,
-                checkpoint=self.checkpoint,
-            )
+            logprobs, entropies = self._token_logprobs(adapter, base, batch)
             old = jax.lax.stop_gradient(logprobs) if old_logprobs is None else old_logprobs
-            loss, _, metrics = self.loss(logprobs, old, batch.advantages, batch.mask)
-            return loss, (metrics, logprobs, entropies)
+            arrays = {"sampler_logprobs": batch.sampler_logprobs, "entropies": entropies}
+            if ref_logprobs is not None:
+                arrays["ref_logprobs"] = ref_logprobs
+            loss, _, metrics = self.loss(logprobs, old, batch.advantages, batch.mask, **arrays)
+            return loss, (metrics, logprobs, old, entropies)
 
         gradient_of = jax.value_and_grad(numerator, has_aux=True)
-        (loss, (metrics, logprobs, entropies)), gradient = gradient_of(adapter)
-        gap = (logprobs - batch.sampler_logprobs) * batch.mask
+        (loss, (metrics, logprobs, old, entropies)), gradient = gradient_of(adapter)
+        gap = (old - batch.sampler_logprobs) * batch.mask  # both are of the policy that sampled
         ours = (loss, entropies.sum(), batch.mask.sum(), jnp.abs(gap).sum(), k3(gap).sum())
         new = Sums(gradient, metrics | dict(zip(OUR_SUMS, ours, strict=True)), jnp.abs(gap).max())
         gradient, metrics = jax.tree.map(jnp.add, total[:2], new[:2])
@@ -128,21 +162,23 @@ class Update:
         gradient = jax.tree.map(lambda g: g / denominator, total.gradient)
         updates, opt_state = self.optimizer.update(gradient, opt_state, adapter)
         s, tokens = total.metrics, total.metrics["tokens"]
+        per_token = {name: x / jnp.maximum(tokens, 1) for name, x in s.items()}
         metrics = {
             "train/loss": s["loss"] / denominator,
-            "train/approx_kl": s["approx_kl"] / tokens,
-            "train/clip_fraction": s["clip_fraction"] / tokens,
-            "train/entropy": s["entropy"] / tokens,
+            "train/entropy": per_token["entropy"],
             "train/grad_norm": optax.tree.norm(gradient),
-            "sampler/logprob_diff_mean": s["gap"] / tokens,
+            "sampler/logprob_diff_mean": per_token["gap"],
             "sampler/logprob_diff_max": total.largest_gap,
-            "sampler/kl": s["sampler_kl"] / tokens,
+            "sampler/kl": per_token["sampler_kl"],
             "tokens/trained": tokens,
         }
+        metrics |= {f"train/{name}": x for name, x in per_token.items() if name not in OUR_SUMS}
         return optax.apply_updates(adapter, updates), opt_state, metrics
 
 
 def loss_denominator(loss: Loss, mask: np.ndarray) -> float:
-    """The denominator for all completions: it depends on their lengths alone (mask [N, T])."""
+    """The denominator for all completions: it depends on their lengths alone (mask [N, T]). At
+    least 1, so that where nothing is trained the loss is 0."""
     zeros = jnp.zeros(mask.shape)
-    return float(loss(zeros, zeros, jnp.zeros(len(mask)), jnp.asarray(mask))[1])
+    arrays = {"sampler_logprobs": zeros, "entropies": zeros}
+    return max(1.0, float(loss(zeros, zeros, zeros[:, 0], jnp.asarray(mask), **arrays)[1]))

@@ -6,10 +6,10 @@ in its final type and layout, so that no more than one of them ever exists twice
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,7 @@ from jgrpo.model import Decoder, ModelConfig
 LEAF_NAMES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 MAX_PROBLEMS_SHOWN = 12
 FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer*"]
+M = TypeVar("M", bound=nnx.Module)
 
 
 def model_folder(model_id: str) -> Path:
@@ -49,14 +50,19 @@ def model_folder(model_id: str) -> Path:
         ) from error
 
 
-def model_config(folder: Path) -> ModelConfig:
-    """The shape of the model in a folder. Raises InputError for what we cannot run."""
+def read_hf_config(folder: Path) -> PretrainedConfig:
+    """A folder's config.json as transformers reads it. InputError if it is missing or damaged."""
     if not (folder / "config.json").is_file():
         raise InputError(f"model folder {folder} has no config.json")
     try:
-        hf = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, KeyError, OSError, StrictDataclassError) as error:
         raise InputError(f"{folder}/config.json cannot be read: {error}") from error
+
+
+def model_config(folder: Path) -> ModelConfig:
+    """The shape of the model in a folder. Raises InputError for what we cannot run."""
+    hf = read_hf_config(folder)
     try:
         return ModelConfig.from_hf(hf)
     except InputError as error:
@@ -80,28 +86,39 @@ def load_model(
 ) -> Decoder:
     """The model of a folder in `dtype`, with a fresh float32 adapter if rank > 0.
 
-    InputError lists every tensor that is missing, unexpected or of another shape, before any is
-    read.
+    Raises InputError as `filled` does.
     """
     shape = {"dtype": dtype, "rank": rank, "alpha": alpha, "target_modules": target_modules}
     model = abstract_model(folder, **shape)
-    graph, adapter, base = split(model)
+    # A tied head's weight is a copy of the embedding that some tools write.
+    unused = {"lm_head.weight"} if model.config.tied_head else set()
+    return filled(folder, model, unused=unused, seed=seed)
+
+
+def filled(folder: Path, module: M, *, unused: Collection[str] = (), seed: int = 0) -> M:
+    """The abstract `module` with the arrays of a folder's tensors, and a fresh adapter if it has
+    one; tensors named in `unused` may be there.
+
+    InputError lists every tensor that is missing, unexpected or of another shape, before any is
+    read.
+    """
+    graph, adapter, base = split(module)
     with ExitStack() as files:
         tensors = _open_all(folder, files)
         flat = list(nnx.to_flat_state(base))
-        _check(folder, tensors, flat, model.config)
+        _check(folder, tensors, flat, unused)
         base = nnx.from_flat_state(
             (path, leaf.replace(_read(tensors, path, leaf))) for path, leaf in flat
         )
     return nnx.merge(graph, fresh_adapter(adapter, seed), base)
 
 
-def tensor_names(path: tuple, n_layers: int) -> list[str]:
-    """Checkpoint names of one of our parameters: one, or one a layer if it is stacked."""
+def tensor_names(path: tuple, shape: tuple[int, ...]) -> list[str]:
+    """Checkpoint names of one of our parameters: one, or one a layer if it is stacked [L, ...]."""
     name = ".".join((*map(str, path[:-1]), LEAF_NAMES[path[-1]]))
     if not name.startswith("model.layers."):
         return [name]
-    return [name.replace("model.layers.", f"model.layers.{i}.") for i in range(n_layers)]
+    return [name.replace("model.layers.", f"model.layers.{i}.") for i in range(shape[0])]
 
 
 def _open_all(folder: Path, files: ExitStack) -> dict:
@@ -128,12 +145,10 @@ def _open_all(folder: Path, files: ExitStack) -> dict:
     return tensors
 
 
-def _problems(tensors: dict, flat: list, config: ModelConfig) -> Iterator[str]:
-    unused = set(tensors) - {n for n in tensors if n.endswith("rotary_emb.inv_freq")}
-    if config.tied_head:
-        unused -= {"lm_head.weight"}  # a copy of the embedding that some tools write
+def _problems(tensors: dict, flat: list, may_be_unused: Collection[str]) -> Iterator[str]:
+    unused = {n for n in tensors if not n.endswith("rotary_emb.inv_freq")} - set(may_be_unused)
     for path, leaf in flat:
-        names = tensor_names(path, config.n_layers)
+        names = tensor_names(path, leaf.shape)
         shape = leaf.shape[1:] if path[1] == "layers" else leaf.shape
         wanted = list(shape[::-1] if path[-1] == "kernel" else shape)
         for name in names:
@@ -149,8 +164,8 @@ def _problems(tensors: dict, flat: list, config: ModelConfig) -> Iterator[str]:
     yield from (f"{name} is not a parameter of this architecture" for name in sorted(unused))
 
 
-def _check(folder: Path, tensors: dict, flat: list, config: ModelConfig) -> None:
-    problems = list(_problems(tensors, flat, config))
+def _check(folder: Path, tensors: dict, flat: list, may_be_unused: Collection[str]) -> None:
+    problems = list(_problems(tensors, flat, may_be_unused))
     if problems:
         shown = problems[:MAX_PROBLEMS_SHOWN]
         if len(problems) > len(shown):
@@ -162,7 +177,7 @@ def _check(folder: Path, tensors: dict, flat: list, config: ModelConfig) -> None
 
 def _read(tensors: dict, path: tuple, leaf) -> jax.Array:
     stacked = path[1] == "layers"
-    names = tensor_names(path, leaf.shape[0])
+    names = tensor_names(path, leaf.shape)
     array = np.empty(leaf.shape, jnp.dtype(leaf.dtype))
     for i, name in enumerate(names):
         tensor = tensors[name].get_tensor(name)
@@ -171,13 +186,13 @@ def _read(tensors: dict, path: tuple, leaf) -> jax.Array:
     return jax.block_until_ready(jnp.asarray(array))  # else several leaves' copies are in flight
 
 
-def save_model(model: Decoder, folder: Path, hf_config: PretrainedConfig, dtype: str) -> None:
+def save_model(model: nnx.Module, folder: Path, hf_config: PretrainedConfig, dtype: str) -> None:
     """Write the base as a Hugging Face folder: config.json and model.safetensors."""
     tensors: dict[str, np.ndarray] = {}
     for path, leaf in nnx.to_flat_state(split(model)[2]):
         array = np.asarray(leaf[...]).astype(jnp.dtype(dtype))
         array = array.swapaxes(-1, -2) if path[-1] == "kernel" else array
-        names = tensor_names(path, model.config.n_layers)
+        names = tensor_names(path, array.shape)
         parts = array if path[1] == "layers" else [array]
         tensors.update((n, np.ascontiguousarray(x)) for n, x in zip(names, parts, strict=True))
     hf_config.dtype = dtype

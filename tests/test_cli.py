@@ -64,6 +64,7 @@ def test_flags_win_over_the_file_and_the_file_over_the_defaults(file):
         ("--use_token_level_loss", {"use_token_level_loss": True}),
         ("--use_clip True --use_std_norm False", {"use_clip": True, "use_std_norm": False}),
         ("--use_length_penalty", {"use_length_penalty": True}),
+        ("--use_prm --process_reward_weight 0.5", {"use_prm": True}),
         ("--lora_target_modules q_proj v_proj", {"lora_target_modules": ("q_proj", "v_proj")}),
         ("--rollout jax --dtype float32", {"rollout": "jax", "dtype": "float32"}),
         ("--vllm_url http://a:1,http://b:2", {"vllm_url": "http://a:1,http://b:2"}),
@@ -81,7 +82,11 @@ def another(field: dataclasses.Field) -> tuple[list[str], object]:
         return [f"--no_{name}" if default else f"--{name}"], not default
     if isinstance(default, tuple):
         return [f"--{name}", PROJECTIONS[0]], (PROJECTIONS[0],)
-    values = {"dtype": "float32", "rollout": "jax", "vllm_url": "http://x:1", "clip_eps": 0.5}
+    values = {
+        "dtype": "float32", "rollout": "jax", "vllm_url": "http://x:1", "clip_eps": 0.5,
+        "clip_eps_high": 0.3, "process_reward_weight": 0.25, "reward_function": "mine.py:reward",
+        "loss_type": "gspo", "kl_to": "base", "kl_estimator": "k2", "lr_scheduler_type": "cosine",
+    }  # fmt: skip
     value = values.get(name, default + 1 if isinstance(default, int | float) else f"other-{name}")
     return [f"--{name}", str(value)], value
 
@@ -141,6 +146,12 @@ def test_resume_may_change_only_what_does_not_matter_to_a_step(run):
         else:
             with pytest.raises(InputError, match=re.escape(f"{field.name}: ")):
                 parse(Train, ["--resume", str(run), *args])
+
+
+def test_resume_keeps_the_number_of_steps_that_a_schedule_was_made_for(tmp_path):
+    write_config(tmp_path, Config(lr_scheduler_type="linear"), {})
+    with pytest.raises(InputError, match=r"n_grpo_steps: 50 -> 60"):
+        parse(Train, ["--resume", str(tmp_path), "--n_grpo_steps", "60"])
 
 
 def test_resume_and_config_exclude_each_other(run, file):

@@ -1,177 +1,34 @@
-"""Rewards: what the workers do with answers that need algebra, hang, or kill them."""
-
-import os
-import random
-import signal
-import subprocess
-import sys
-import threading
-import time
-from pathlib import Path
+"""The parts of a reward, and what puts them together."""
 
 import numpy as np
 import pytest
 
-from jgrpo import rewards
-from jgrpo.errors import RunError
-from jgrpo.rewards import Grader, Pair, length_penalty
+from jgrpo.errors import InputError, RunError
+from jgrpo.rewards import combine, custom_rewards, length_penalty, load_function
 
-# Passes every guard; sympy's simplify goes on for minutes.
-SLOW = Pair(r"((\cos(x)+2)(x))(\ln(7)-x)", r"\tan((\sqrt{\pi }+x)^9+x)+2")
-ROOT = Pair(r"\frac{3}{2\sqrt{3}}", r"\frac{\sqrt{3}}{2}")
-REPOSITORY = Path(__file__).parents[1]
+OUTCOME = np.array([[1.0, 0.0], [0.0, 1.0]], np.float32)
+PROCESS = np.array([[0.8, 0.4], [0.6, 0.2]], np.float32)
+PENALTY = np.array([[0.0, -0.5], [-1.0, 0.0]], np.float32)
 
 
-@pytest.fixture(scope="module")
-def grader():
-    with Grader(max_workers=2, timeout_s=1.0) as grader:
-        grader.self_test()
-        yield grader
+def test_the_outcome_alone_is_the_reward():
+    np.testing.assert_array_equal(combine({"outcome": OUTCOME}, 0.5), OUTCOME)
 
 
-def boxed(*answers):
-    return [rf"so \boxed{{{answer}}}." for answer in answers]
+def test_a_reward_by_hand():
+    # 0.75 * 1 + 0.25 * 0.8 + 0 = 0.95; 0.75 * 0 + 0.25 * 0.4 - 0.5 = -0.4; ...
+    parts = {"outcome": OUTCOME, "process": PROCESS, "length_penalty": PENALTY}
+    reward = combine(parts, 0.25)
+    np.testing.assert_allclose(reward, [[0.95, -0.4], [-0.85, 0.8]], rtol=1e-6)
+    assert reward.dtype == np.float32
 
 
-def test_grades_have_the_shape_of_the_completions(grader):
-    grades = grader.grade(
-        [boxed("5", "6", ROOT.answer), [*boxed("0.5"), "5", r"\boxed{1"]], ["5", r"\frac12"]
-    )
-    np.testing.assert_array_equal(grades.correct, [[1, 0, 0], [1, 0, 0]])
-    np.testing.assert_array_equal(grades.boxed, [[True, True, True], [True, False, False]])
-    assert grades.correct.dtype == np.float32
-    assert grades.boxed.dtype == bool
-    assert grades.errors == grades.timeouts == 0
-
-
-def test_workers_decide_what_needs_algebra(grader):
-    grades = grader.grade([boxed(ROOT.answer, r"\frac{3}{3\sqrt{3}}")], [ROOT.gold])
-    np.testing.assert_array_equal(grades.correct, [[1, 0]])
-
-
-def test_an_endless_check_is_killed_counted_and_hurts_no_other(grader):
-    started_s = time.monotonic()
-    grades = grader.grade(
-        [boxed(SLOW.answer, SLOW.gold, "x", SLOW.answer), boxed(ROOT.answer, "1", "2", "3")],
-        [SLOW.gold, ROOT.gold],
-    )
-    # Twice in the group, checked once, counted as two completions that could not be checked.
-    assert (grades.timeouts, grades.errors) == (2, 0)
-    np.testing.assert_array_equal(grades.correct, [[0, 1, 0, 0], [1, 0, 0, 0]])
-    assert time.monotonic() - started_s < 4
-    assert grader.grade([boxed(ROOT.answer)], [ROOT.gold]).correct.all()  # the worker is back
-
-
-def test_the_limit_counts_from_the_start_of_the_check(grader):
-    # Eight checks of 1 s each in two workers: the last starts after 3 s. A limit that counted from
-    # submission would make time-outs of all but the first; here 1 s is for each.
-    slow = [Pair(SLOW.answer, SLOW.gold + f"+{i}") for i in range(4)]
-    quick = [Pair(f"{i}+" + ROOT.answer, f"{i}+" + ROOT.gold) for i in range(2, 8)]
-    outcomes = grader._outcomes(slow + quick)
-    assert [outcomes[pair] for pair in slow] == ["timeout"] * 4
-    assert [outcomes[pair] for pair in quick] == ["right"] * 6
-
-
-def test_a_worker_that_dies_is_an_error_not_a_wrong_answer():
-    with Grader(max_workers=1, timeout_s=30) as grader:
-        grader.self_test()
-        threading.Timer(0.3, os.kill, (grader._workers[0].process.pid, signal.SIGKILL)).start()
-        grades = grader.grade([boxed(SLOW.answer, SLOW.gold)], [SLOW.gold])
-        assert (grades.errors, grades.timeouts) == (1, 0)
-        np.testing.assert_array_equal(grades.correct, [[0, 1]])
-        grader.self_test()
-
-
-def test_equal_pairs_are_checked_once(grader, monkeypatch):
-    checked = []
-    monkeypatch.setattr(grader, "_check", lambda pair: checked.append(pair) or "right")
-    assert grader.grade([boxed(*[ROOT.answer] * 8)] * 2, [ROOT.gold] * 2).correct.all()
-    assert checked == [ROOT]
-
-
-def test_hostile_text_reaches_and_leaves_the_workers(grader):
-    hostile = [
-        "\ud800",
-        "\x00\n",
-        "9^{9^{9^9}}",
-        "{" * 10_000,
-        "x\n\n+1",
-        '"',
-        "\\",
-        "x=\\sqrt{y\n}",
-    ]
-    grades = grader.grade([boxed(*hostile)], ["x^2+y"])
-    assert not grades.correct.any()
-    assert grades.errors == grades.timeouts == 0
-
-
-@pytest.mark.parametrize(
-    ("completions", "golds"), [([["a"], ["b"]], ["1"]), ([["a"], ["b", "c"]], ["1", "2"]), ([], [])]
-)
-def test_a_shape_that_is_no_rollout_is_refused(grader, completions, golds):
-    with pytest.raises(ValueError, match="needs"):
-        grader.grade(completions, golds)
-
-
-def test_a_worker_that_cannot_start_says_why(monkeypatch):
-    failure = "print('failed ModuleNotFoundError No module named math_verify')"
-    monkeypatch.setattr(rewards, "_WORKER", failure)
-    with (
-        Grader(max_workers=1, timeout_s=1) as grader,
-        pytest.raises(RunError, match=r"did not start .*No module named math_verify"),
-    ):
-        grader.self_test()
-
-
-def test_the_self_test_finds_a_grader_that_calls_everything_wrong(monkeypatch):
-    # math-verify with its signal-based limits on, outside a main thread, does exactly this.
-    with Grader(max_workers=1, timeout_s=1) as grader:
-        monkeypatch.setattr(grader, "_check", lambda _: "wrong")
-        with pytest.raises(RunError, match=r"came out as wrong, not right"):
-            grader.self_test()
-
-
-def test_workers_have_neither_jax_nor_the_trainer(grader):
-    maps = Path(f"/proc/{grader._workers[0].process.pid}/maps")
-    if not maps.exists():
-        pytest.skip("no /proc: the workers' libraries cannot be listed")
-    assert "jaxlib" not in maps.read_text()
-
-
-@pytest.mark.parametrize("as_module", [False, True])
-def test_a_main_without_a_guard_runs_once(tmp_path, as_module):
-    # multiprocessing's spawn and forkserver would run this file again in each worker.
-    (tmp_path / "program.py").write_text(
-        "from jgrpo.rewards import Grader\n"
-        "print('main', flush=True)\n"
-        "with Grader(max_workers=2, timeout_s=5) as grader:\n"
-        "    grader.self_test()\n"
-    )
-    result = subprocess.run(
-        [sys.executable, *(["-m", "program"] if as_module else ["program.py"])],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": f"{REPOSITORY}{os.pathsep}{tmp_path}"},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
-    )
-    assert result.stdout == "main\n"
-
-
-def test_a_rollout_of_256_is_graded_in_about_a_second(grader):
-    # Half of the completions need algebra. 5 s leaves room for a machine that is busy.
-    r = random.Random(0)
-    golds, completions = [], []
-    for _ in range(32):
-        a, b = r.randrange(2, 50), r.randrange(2, 50)
-        golds.append(rf"{a}+\sqrt{{{b}}}")
-        same, other = rf"\sqrt{{{b}}}+{a}", rf"\sqrt{{{b + 1}}}+{a}"
-        completions.append(boxed(golds[-1], same, rf"0+{same}", other, rf"1+{other}", "5", "x", ""))
-    started_s = time.monotonic()
-    grades = grader.grade(completions, golds)
-    assert time.monotonic() - started_s < 5
-    assert grades.correct.sum(axis=0).tolist() == [32, 32, 32, 0, 0, 0, 0, 0]
+def test_a_custom_reward_takes_the_outcome_s_place():
+    custom = np.array([[3.0, -3.0], [0.5, 0.0]], np.float32)
+    parts = {"outcome": OUTCOME, "custom": custom}
+    np.testing.assert_array_equal(combine(parts, 0.5), custom)
+    mixed = combine(parts | {"process": PROCESS}, 0.5)
+    np.testing.assert_allclose(mixed, (custom + PROCESS) / 2, rtol=1e-6)
 
 
 def test_length_penalty_by_hand():
@@ -189,3 +46,76 @@ def test_length_penalty_without_a_cache_is_a_step():
 def test_length_penalty_with_an_impossible_cache_is_refused():
     with pytest.raises(ValueError, match="cache_tokens=11"):
         length_penalty(np.array([1]), 10, 11)
+
+
+# -- a function of the user's -----------------------------------------------------------------
+
+
+def write(tmp_path, body: str) -> str:
+    (tmp_path / "mine.py").write_text(body)
+    return f"{tmp_path}/mine.py:reward"
+
+
+def call(function, correct=OUTCOME):
+    return custom_rewards(
+        function,
+        ["p0", "p1"],
+        [["a", "bb"], ["ccc", ""]],
+        [[[1], [1, 2]], [[1, 2, 3], []]],
+        ["g0", "g1"],
+        correct,
+    )
+
+
+def test_a_function_in_a_file_sees_flat_lists_and_its_values_come_back_in_place(tmp_path):
+    spec = write(
+        tmp_path,
+        "def reward(prompts, completions, completion_ids, gold, correct):\n"
+        "    assert prompts == ['p0', 'p0', 'p1', 'p1'] and gold == ['g0', 'g0', 'g1', 'g1']\n"
+        "    assert [len(i) for i in completion_ids] == [len(c) for c in completions]\n"
+        "    return [10 * c + len(t) for c, t in zip(correct, completions)]\n",
+    )
+    np.testing.assert_array_equal(call(load_function(spec)), [[11, 2], [3, 10]])
+
+
+def test_a_function_of_a_module_is_found(tmp_path, monkeypatch):
+    (tmp_path / "my_module.py").write_text("def reward(correct, **_):\n    return correct\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    np.testing.assert_array_equal(call(load_function("my_module:reward")), OUTCOME)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("def other(): pass", "defines no reward"),
+        ("def reward(texts): pass", "takes the keywords prompts, completions"),
+        ("import no_such_module", "No module named"),
+        ("def reward(:", "SyntaxError"),
+        ("reward = 3", "takes the keywords"),
+    ],
+)
+def test_a_function_that_cannot_be_called_is_refused(tmp_path, body, message):
+    with pytest.raises(InputError, match=message):
+        load_function(write(tmp_path, body))
+
+
+def test_missing_files_and_modules_are_named(tmp_path):
+    with pytest.raises(InputError, match="no such file"):
+        load_function(f"{tmp_path}/none.py:reward")
+    with pytest.raises(InputError, match="No module named 'nowhere'"):
+        load_function("nowhere:reward")
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda **_: [1.0] * 3, "one finite number for each of the 4"),
+        (lambda **_: [1.0, float("nan"), 0, 0], "1 of them NaN"),
+        (lambda **_: 1.0, "TypeError"),
+        (lambda **_: {}["missing"], "KeyError"),
+        (lambda **_: ["good"] * 4, "ValueError"),
+    ],
+)
+def test_what_a_function_returns_is_checked(function, message):
+    with pytest.raises(RunError, match=message):
+        call(function)

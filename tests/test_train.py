@@ -224,7 +224,7 @@ PLACES = [
     ("check_sampler", 1, KeyboardInterrupt()),
     ("group_advantages", 1, KeyboardInterrupt()),
     ("evaluate", 2, RunError("the server is gone")),
-    ("rollout_metrics", 4, KeyboardInterrupt()),
+    ("step_metrics", 4, KeyboardInterrupt()),
 ]
 
 

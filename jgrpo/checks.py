@@ -1,0 +1,139 @@
+"""What the values of a Config must satisfy, alone and together: an error for what cannot be, a
+warning for what cannot change anything."""
+
+import dataclasses
+from collections.abc import Iterator
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj")
+POSITIVE = (
+    *("lora_r", "lora_alpha", "lr", "n_grpo_steps", "n_prompts_per_step", "group_size"),
+    *("epochs_per_step", "micro_batch_size", "expected_maximum_length", "grader_timeout_s"),
+    *("grader_workers", "max_prompt_tokens", "vllm_timeout_s", "max_logprob_diff", "max_tokens"),
+    *("temperature", "n_eval_prompts", "checkpoint_every", "updates_per_epoch"),
+    *("cispo_max_ratio", "importance_weight_cap", "max_sampling_rounds", "prm_batch_size"),
+)
+VLLM_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+
+def problems_of(c: Any) -> list[str]:
+    """All that is wrong with a Config, a line each; types first, since values rely on them."""
+    return list(_wrong_types(c)) or list(_wrong_values(c))
+
+
+def _wrong_types(c: Any) -> Iterator[str]:
+    """Yield one line for each field that is of another type: field, value, requirement."""
+    for field in dataclasses.fields(c):
+        value = getattr(c, field.name)
+        if get_origin(field.type) is Literal:
+            choices = get_args(field.type)
+            if value not in choices:
+                yield f"{field.name}={value!r}: must be one of {', '.join(choices)}"
+        elif not _is_a(value, field.type):
+            kind = getattr(field.type, "__name__", None) or field.type
+            yield f"{field.name}={value!r}: must be of type {kind}"
+
+
+def _wrong_values(c: Any) -> Iterator[str]:
+    """Yield one line for each field whose value cannot work: field, value, requirement."""
+    for name in POSITIVE:
+        if not 0 < getattr(c, name) < float("inf"):
+            yield f"{name}={getattr(c, name)!r}: must be positive"
+    for name in ("seed", "eval_every", "beta", "overlong_cache", "warmup_steps", "entropy_coef"):
+        if not 0 <= getattr(c, name) < 2**31:
+            yield f"{name}={getattr(c, name)!r}: must not be negative, and below 2**31"
+    if c.group_size == 1:
+        yield "group_size=1: a group of one has no advantage; use 2 or more"
+    if not 0 < c.clip_eps < 1:
+        yield f"clip_eps={c.clip_eps}: must be between 0 and 1"
+    if c.clip_eps_high is not None and not 0 < c.clip_eps_high < float("inf"):
+        yield f"clip_eps_high={c.clip_eps_high}: must be positive, or None for clip_eps"
+    if not 0 <= c.process_reward_weight <= 1:
+        yield f"process_reward_weight={c.process_reward_weight}: must be between 0 and 1"
+    if c.updates_per_epoch > 0 and c.n_prompts_per_step % c.updates_per_epoch:
+        yield (
+            f"updates_per_epoch={c.updates_per_epoch}: must divide "
+            f"n_prompts_per_step={c.n_prompts_per_step}"
+        )
+    if c.warmup_steps >= c.n_updates:
+        yield f"warmup_steps={c.warmup_steps}: must be below the {c.n_updates} updates of the run"
+    if c.reward_function and not all(c.reward_function.rpartition(":")[::2]):
+        yield f"reward_function={c.reward_function!r}: must be file.py:function or module:function"
+    yield from _without_meaning(c)
+    if c.overlong_cache > c.expected_maximum_length:
+        yield (
+            f"overlong_cache={c.overlong_cache}: must not exceed "
+            f"expected_maximum_length={c.expected_maximum_length}"
+        )
+    unknown = [m for m in c.lora_target_modules if m not in PROJECTIONS]
+    if (
+        unknown
+        or not c.lora_target_modules
+        or len(set(c.lora_target_modules)) < len(c.lora_target_modules)
+    ):
+        yield (
+            f"lora_target_modules={c.lora_target_modules!r}: name each of "
+            f"{', '.join(PROJECTIONS)} at most once, and at least one"
+        )
+    if c.rollout == "vllm":
+        if c.lora_r > VLLM_LORA_RANKS[-1]:
+            yield f"lora_r={c.lora_r}: vLLM admits at most {VLLM_LORA_RANKS[-1]}; or --rollout jax"
+        for url in c.vllm_urls:
+            if not url.startswith(("http://", "https://")):
+                yield f"vllm_url={c.vllm_url!r}: {url!r} must start with http:// or https://"
+
+
+def _without_meaning(c: Any) -> Iterator[str]:
+    """Yield one line for each pair of techniques that contradict each other."""
+    if c.loss_type == "cispo" and c.use_clip:
+        yield "use_clip with loss_type=cispo: CISPO caps its ratio by cispo_max_ratio instead"
+    if c.loss_type in ("dr_grpo", "rloo") and c.use_token_level_loss:
+        divisor = "a constant" if c.loss_type == "dr_grpo" else "the number of completions"
+        yield (
+            f"use_token_level_loss with loss_type={c.loss_type}: it divides by {divisor}, not by "
+            "the number of tokens; take one of the two"
+        )
+    if c.loss_type in ("gspo", "rloo") and c.use_importance_weights:
+        yield (
+            f"use_importance_weights with loss_type={c.loss_type}: the weights are per token, and "
+            "it has one ratio a completion"
+        )
+
+
+def without_effect(c: Any) -> list[str]:
+    """Warnings: techniques asked for that cannot change anything beside the other options."""
+    warnings = []
+    if c.updates_per_rollout == 1:
+        inert = ["use_clip"] * c.use_clip
+        inert += ["use_kl_penalty (kl_to=old)"] * (c.use_kl_penalty and c.kl_to == "old")
+        inert += ["loss_type=cispo's cap"] * (c.loss_type == "cispo")
+        if inert:
+            warnings.append(
+                f"{' and '.join(inert)} cannot change anything with one update a rollout "
+                "(epochs_per_step=1, updates_per_epoch=1): the update starts from the policy that "
+                "sampled, so every ratio is 1, nothing is clipped, and the KL has no gradient"
+            )
+    if c.use_kl_penalty and c.kl_to == "base" and c.kl_estimator == "k1":
+        warnings.append(
+            "kl_estimator=k1 to the base has a gradient whose expectation is zero: it adds noise "
+            "and pulls nowhere; k2 is the unbiased one"
+        )
+    if c.loss_type == "dr_grpo" and c.use_std_norm:
+        warnings.append("loss_type=dr_grpo is without std in its paper: --no_std_norm")
+    if c.use_length_penalty and c.max_tokens <= c.expected_maximum_length - c.overlong_cache:
+        warnings.append(
+            f"use_length_penalty changes nothing: the penalty starts above "
+            f"{c.expected_maximum_length - c.overlong_cache} tokens, and max_tokens={c.max_tokens}"
+        )
+    return warnings
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    if isinstance(kind, UnionType):
+        return any(_is_a(value, k) for k in get_args(kind))
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, get_origin(kind) or kind)
