@@ -25,8 +25,11 @@ LAYERS = [
     {"cli", "logprobs", "weights", "adapter", "vllm", "checkpoint", "runlog", "plot"},
     {"sampler", "prm"},
     {"update", "session"},
-    {"learner", "collect"},
+    {"learner", "collect", "variants"},
+    {"compare", "report"},
     {"train", "evaluate", "serve", "tiny", "__init__"},
+    {"sweep"},
+    {"ablate"},
 ]
 LAYER_OF = {module: i for i, modules in enumerate(LAYERS) for module in modules}
 PURE = ("advantages", "latex", "algebra", "answers", "losses", "lora", "batch", "rollout")

@@ -1,0 +1,209 @@
+"""Ablate: python -m jgrpo.ablate rollouts RUN ..., or python -m jgrpo.ablate runs --config FILE ...
+
+`rollouts` computes the loss and gradient of every variant on one step's saved rollouts (seconds);
+`runs` trains every variant over several seeds and writes a report.
+"""
+
+import json
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from jgrpo import cli
+from jgrpo.config import Config
+from jgrpo.errors import InputError, exit_status
+from jgrpo.rundir import jsonable, write_whole
+from jgrpo.variants import BASELINE, Variant, read_variants
+
+USAGE = """usage: python -m jgrpo.ablate {rollouts,runs} [-h] [OPTIONS]
+
+  rollouts RUN   every variant's loss and gradient on a run's saved rollouts: seconds
+  runs           variants x seeds as runs, with a report; --config FILE gives the base
+
+Each has its own --help."""
+TECHNIQUES = ("no_std_norm", "kl", "clip", "token_level", "dr_grpo", "gspo", "cispo", "rloo",
+              "dapo")  # fmt: skip
+REWARDS = ("length_penalty", "prm")
+OFF_POLICY = ("four_updates", *(f"four_updates+{x}" for x in ("clip", "kl", "gspo", "cispo")))
+STUDY = (BASELINE, "rank4", "rank16", *TECHNIQUES, *REWARDS, *OFF_POLICY)
+ON_ROLLOUTS = (BASELINE, *TECHNIQUES, *REWARDS, "kl_base")
+NOT_OF_A_LOSS = {"use_dynamic_sampling", "max_sampling_rounds"}
+"""What a variant changes beside its loss, advantage and reward, and what can be left away here."""
+OF_A_LOSS = {
+    *("loss_type", "use_std_norm", "use_leave_one_out", "use_kl_penalty", "beta", "kl_to"),
+    *("kl_estimator", "use_clip", "clip_eps", "clip_eps_high", "cispo_max_ratio", "entropy_coef"),
+    *("use_token_level_loss", "use_importance_weights", "importance_weight_cap"),
+    *("mask_truncated_completions", "use_length_penalty", "expected_maximum_length"),
+    *("overlong_cache", "use_prm", "process_reward_weight", "prm_model_id", "prm_batch_size"),
+}
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """Every variant's loss and adapter gradient on one step's saved rollouts."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run folder."""
+    step: int = 1
+    """Whose rollouts; they were sampled with adapter step - 1."""
+    policy_step: int | None = None
+    """Adapter that is differentiated. Default: the one that sampled, where every ratio is 1; a
+    later one shows what clip and KL do."""
+    variants: tuple[str, ...] = ON_ROLLOUTS
+    """Names of config files (what they change of rank1.py), FIELD=VALUE, or several joined by +."""
+    configs: Path = Path("configs")
+    """Where the config files are."""
+    out: Path | None = None
+    """Folder of the table and the heat map. Default: RUN/ablation/step_K_policy_J."""
+
+
+# -- on fixed rollouts ------------------------------------------------------------------------
+
+
+def on_rollouts(options: Rollouts, console: Console) -> Path:
+    """Compare the variants on a step's rollouts, print the table -> the folder of the report."""
+    from jgrpo import compare as fixed  # only now: help and mistakes do not wait for JAX
+    from jgrpo.report import draw_cosines, table, write_report
+    from jgrpo.session import configure_jax, open_policy, open_scorers
+
+    configure_jax()
+    sampled_by = options.step - 1
+    differentiated = sampled_by if options.policy_step is None else options.policy_step
+    config = cli.resumed_config(options.run)
+    variants = read_variants(options.variants, options.configs)
+    configs = {v.name: variant_on_rollouts(v, config) for v in variants}
+    file = options.run / "rollouts" / f"step_{options.step:06d}.jsonl"
+    lines = fixed.read_rollouts(file, config.group_size)
+    rows = [fixed.rows_for(c, lines, open_scorers(c)) for c in configs.values()]
+    policy, old = fixed.load_adapters(options.run, open_policy(config), sampled_by, differentiated)
+    found = fixed.compare(configs, rows, policy, old)
+    header = ["variant", "loss", "|gradient|", f"cosine to {found.names[0]}", "clipped tokens, %",
+              "KL to old, nats"]  # fmt: skip
+    body = [
+        [f"`{name}`", f"{found.loss[i]:+.6f}", f"{found.grad_norm[i]:.6f}",
+         f"{found.cosine[0, i]:.6f}", f"{100 * found.metrics[i]['clip_fraction']:.2f}",
+         f"{found.metrics[i]['approx_kl']:.2e}"]
+        for i, name in enumerate(found.names)
+    ]  # fmt: skip
+    out = options.out or (
+        options.run / "ablation" / f"step_{options.step:06d}_policy_{differentiated:06d}"
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    on_policy = " (on policy: every ratio is 1)" * (sampled_by == differentiated)
+    text = f"""Rollouts of step {options.step} ({len(lines)} completions, sampled with adapter
+{sampled_by}), gradient at adapter {differentiated}{on_policy}.
+The gradient norm is before clipping at 1; the loss of CISPO is not comparable.
+
+    {shlex.join(["python", "-m", "jgrpo.ablate", *sys.argv[1:]])}
+
+{table(header, body)}
+![cosines](cosines.png)
+"""
+    pictures = {"cosines.png": draw_cosines(found.names, found.cosine)}
+    write_report(out, "Loss variants on the same rollouts", text, pictures)
+    write_whole(out / "comparison.json", json.dumps(jsonable(vars(found))) + "\n")
+    show(console, header, body)
+    console.print(f"report: {out / 'report.md'}", markup=False)
+    return out
+
+
+def variant_on_rollouts(variant: Variant, config: Config) -> Config:
+    """The run's config with a variant's loss, advantage and reward. InputError if it changes what
+    has been decided when the rollouts were sampled."""
+    plain = Config()
+    reset = {name: getattr(plain, name) for name in ("loss_type", "use_std_norm")}
+    reset |= {f.name: False for f in fields(Config) if f.name in OF_A_LOSS and f.type is bool}
+    changes = {k: v for k, v in variant.changes.items() if k not in NOT_OF_A_LOSS}
+    if odd := sorted(changes.keys() - OF_A_LOSS):
+        raise InputError(
+            f"variant {variant.name} changes {', '.join(odd)}: on saved rollouts only the loss, "
+            "the advantages and the rewards can change; try `python -m jgrpo.ablate runs`"
+        )
+    return replace(variant, changes=reset | {"use_std_norm": True} | changes).apply(config)
+
+
+# -- as runs ----------------------------------------------------------------------------------
+
+
+def as_runs(command: cli.AblateRuns, console: Console) -> Path:
+    """Train what is not done yet, then report -> the folder of the report."""
+    from jgrpo import report, sweep
+
+    if command.config is None:
+        raise InputError("--config FILE is needed: variants are the files beside it")
+    if command.jobs < 1 or not command.seeds:
+        raise InputError("--jobs must be 1 or more, and there must be a seed")
+    variants = read_variants(command.variants or STUDY, command.config.parent)
+    jobs = sweep.plan(command.options, variants, command.seeds, command.out)
+    words = shlex.join(["python", "-m", "jgrpo.ablate", *sys.argv[1:]])
+    sweep.write_manifest(command.out, command.options, variants, words)
+    start_s = time.monotonic()
+    sweep.run_all(jobs, command.jobs, console)
+    console.print(f"{(time.monotonic() - start_s) / 60:.1f} minutes")
+    results: report.Results = {
+        v.name: {j.seed: report.read_run(j.folder) for j in jobs if j.variant == v.name}
+        for v in variants
+    }
+    about = {v.name: v.about for v in variants}
+    references = {v.name: v.reference for v in variants}
+    found = report.results_table(results, references, command.margin)
+    text = f"""{report.explain(command.margin, len(command.seeds))}
+
+    {words}
+
+{report.table(*found)}
+What each variant is:
+
+{report.listing(about)}
+![differences](effects.png)
+
+![curves](curves.png)
+"""
+    pictures = {
+        "effects.png": report.draw_effects(results, references, command.margin),
+        "curves.png": report.draw_curves(results, references),
+    }
+    report.write_report(command.out, f"Ablation of {command.config.stem}", text, pictures)
+    header, body = found
+    show(console, [*header[:3], header[5], header[-1]],
+         [[*row[:3], row[5], row[-1]] for row in body])  # fmt: skip
+    console.print(f"report: {command.out / 'report.md'}", markup=False)
+    return command.out
+
+
+def show(console: Console, header: Sequence[str], body: Sequence[Sequence[object]]) -> None:
+    shown = Table(*header)
+    for row in body:
+        shown.add_row(*(str(cell).strip("`") for cell in row))
+    console.print(shown)
+
+
+def main() -> None:
+    cli.tune_allocator()
+    kind, rest = (sys.argv[1] if len(sys.argv) > 1 else ""), sys.argv[2:]
+    console = Console(highlight=False)
+    with exit_status():
+        if kind == "rollouts":
+            on_rollouts(
+                tyro.cli(Rollouts, args=rest, prog="python -m jgrpo.ablate rollouts",
+                         use_underscores=True),
+                console,
+            )  # fmt: skip
+        elif kind == "runs":
+            as_runs(cli.parse(cli.AblateRuns, rest, name="ablate runs"), console)
+        elif kind in ("-h", "--help"):
+            print(USAGE)
+        else:
+            raise InputError(f"{kind!r} is neither rollouts nor runs\n{USAGE}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""Variants of a config, by name: what a file in configs/ changes of rank1.py, applied to any base.
+
+`clip` is what configs/clip.py changes, `four_updates+clip` both changes, `lora_r=2` the change
+itself, `rank1` none.
+"""
+
+import ast
+import dataclasses
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from jgrpo.config import Config, load_config
+from jgrpo.errors import InputError
+
+BASELINE = "rank1"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A name, and the fields that it changes."""
+
+    name: str
+    changes: dict[str, Any]
+    about: str
+
+    def apply(self, config: Config) -> Config:
+        """The config with the changes; InputError names the variant if they do not go together."""
+        try:
+            return replace(config, **self.changes)
+        except InputError as error:
+            raise InputError(f"variant {self.name}: {error}") from None
+
+    @property
+    def reference(self) -> str:
+        """What it is compared with: the variant without its last part."""
+        return self.name.rpartition("+")[0] or BASELINE
+
+
+def read_variants(names: tuple[str, ...], folder: Path) -> list[Variant]:
+    """The variants of these names, whose files are in `folder`. InputError for one that is not."""
+    if len(set(names)) < len(names):
+        raise InputError(f"a variant is given twice: {' '.join(names)}")
+    variants = []
+    for name in names:
+        changes: dict[str, Any] = {}
+        about = []
+        for part in name.split("+"):
+            new, text = _part(part, folder)
+            if twice := sorted(k for k in changes.keys() & new.keys() if changes[k] != new[k]):
+                raise InputError(f"variant {name}: two of its parts set {', '.join(twice)}")
+            changes |= new
+            about.append(text)
+        variants.append(Variant(name, changes, "; ".join(about)))
+    return variants
+
+
+def _part(part: str, folder: Path) -> tuple[dict[str, Any], str]:
+    """What one part changes, and a word on it."""
+    field, equals, value = part.partition("=")
+    if equals:
+        if field not in {f.name for f in dataclasses.fields(Config)}:
+            raise InputError(f"variant {part}: Config has no field {field}")
+        try:
+            return {field: ast.literal_eval(value)}, part
+        except (ValueError, SyntaxError):
+            return {field: value}, part
+    baseline, file = folder / f"{BASELINE}.py", folder / f"{part}.py"
+    if not baseline.is_file():
+        raise InputError(f"{folder} has no {BASELINE}.py, of which variants are changes")
+    if not file.is_file():
+        known = ", ".join(sorted(f.stem for f in folder.glob("*.py")))
+        raise InputError(f"variant {part}: there is no {file}; there are {known}, or FIELD=VALUE")
+    before, after = load_config(baseline), load_config(file)
+    fields = (f.name for f in dataclasses.fields(Config))
+    changes = {n: getattr(after, n) for n in fields if getattr(after, n) != getattr(before, n)}
+    return changes, (ast.get_docstring(ast.parse(file.read_text("utf-8"))) or "").rstrip(".")

@@ -1,0 +1,303 @@
+"""jgrpo.ablate on the tests' tiny model: variants on fixed rollouts against the update itself, and
+a sweep that is stopped, goes on, and reports."""
+
+import dataclasses
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+from tiny_run import tiny_config, write_base, write_config_file, write_problems
+
+from jgrpo import cli, compare, report, sweep
+from jgrpo.ablate import Rollouts, as_runs, on_rollouts, variant_on_rollouts
+from jgrpo.adapter import adapter_arrays
+from jgrpo.errors import InputError
+from jgrpo.learner import Learner, loss_of
+from jgrpo.rundir import read_metrics
+from jgrpo.session import Scorers, open_policy
+from jgrpo.train import train
+from jgrpo.variants import read_variants
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+NAMES = ("rank1", "no_std_norm", "clip", "token_level", "dr_grpo", "gspo", "cispo", "rloo",
+         "length_penalty", "mask_truncated_completions=True", "entropy_coef=0.1")  # fmt: skip
+
+pytestmark = pytest.mark.usefixtures("shared_compilation_cache")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ablate")
+    write_base(folder / "base")
+    write_problems(folder)
+    for file in CONFIGS.glob("*.py"):
+        shutil.copy(file, folder)
+    config = tiny_config(folder, expected_maximum_length=6, overlong_cache=3, n_grpo_steps=2,
+                         n_eval_prompts=4, eval_every=1, checkpoint_every=1)  # fmt: skip
+    write_config_file(folder / "tiny.py", config)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(root):
+    return train(cli.load_config(root / "tiny.py"))
+
+
+def quiet() -> Console:
+    return Console(file=open("/dev/null", "w"), width=200)
+
+
+# -- on fixed rollouts ------------------------------------------------------------------------
+
+
+def gradients_of(run: Path, policy_step: int) -> tuple[compare.Comparison, dict]:
+    """The comparison, and for each variant the gradient by Update over the same rows."""
+    config = cli.resumed_config(run)
+    configs = {v.name: variant_on_rollouts(v, config) for v in read_variants(NAMES, CONFIGS)}
+    lines = compare.read_rollouts(run / "rollouts/step_000002.jsonl", config.group_size)
+    rows = [compare.rows_for(c, lines, Scorers(None, None)) for c in configs.values()]
+    policy, old = compare.load_adapters(run, open_policy(config), 1, policy_step)
+    found = compare.compare(configs, rows, policy, old)
+    expected = {}
+    for (name, c), own in zip(configs.items(), rows, strict=True):
+        learner = Learner(c, policy.graph, policy.adapter, policy.base)
+        [part] = learner.parts(own)
+        old_logprobs = learner.update.logprobs(old, policy.base, part.batches)
+        total, _ = learner.update._sum(
+            policy.adapter, policy.base, part.batches, old_logprobs, None
+        )
+        loss = float(total.metrics["loss"] / part.denominator)
+        gradient = jax.tree.map(lambda g, d=part.denominator: g / d, total.gradient)
+        flat = np.concatenate([a.ravel() for a in adapter_arrays(gradient).values()])
+        expected[name] = loss, flat
+    return found, expected
+
+
+@pytest.mark.parametrize("policy_step", [1, 2])
+def test_a_comparison_has_the_loss_and_gradient_of_each_variant_s_own_update(run, policy_step):
+    found, expected = gradients_of(run, policy_step)
+    assert found.names == list(NAMES)
+    norms = np.array([np.linalg.norm(g.astype(np.float64)) for _, g in expected.values()])
+    np.testing.assert_allclose(found.grad_norm, norms, rtol=2e-4)
+    np.testing.assert_allclose(found.loss, [loss for loss, _ in expected.values()], atol=2e-6)
+    first = expected["rank1"][1]
+    for i, (_, g) in enumerate(expected.values()):
+        cosine = first @ g / np.linalg.norm(first) / np.linalg.norm(g)
+        assert found.cosine[0, i] == pytest.approx(cosine, abs=1e-4)
+    assert found.grad_norm.min() > 0
+    assert found.cosine[0, NAMES.index("token_level")] < 0.9999  # variants do differ
+
+
+def test_on_policy_variants_that_cannot_differ_do_not(run):
+    found, _ = gradients_of(run, 1)
+    for name in ("clip", "gspo"):
+        assert found.cosine[0, NAMES.index(name)] == pytest.approx(1, abs=1e-6)
+    i, j = NAMES.index("dr_grpo"), NAMES.index("rloo")  # the same direction: sums over tokens
+    assert found.cosine[i, j] == pytest.approx(1, abs=1e-5)
+
+
+def test_the_command_writes_table_heat_map_and_figures(run, root):
+    variants = ("rank1", "clip", "dapo")
+    out = on_rollouts(Rollouts(run, step=2, variants=variants, configs=CONFIGS), quiet())
+    assert out == run / "ablation" / "step_000002_policy_000001"
+    assert {f.name for f in out.iterdir()} == {
+        "report.md", "report.html", "cosines.png", "comparison.json",
+    }  # fmt: skip
+    text = (out / "report.md").read_text()
+    assert all(f"| `{name}` |" in text for name in variants)
+    assert "on policy" in text
+    assert (out / "report.html").read_text().count("data:image/png;base64,") == 1
+    found = json.loads((out / "comparison.json").read_text())
+    assert np.array(found["cosine"]).shape == (3, 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"variants": ("rank1", "rank4")}, r"variant rank4 changes lora_r: .*saved rollouts only"),
+        ({"step": 9}, "not a rollouts file"),
+        ({"policy_step": 7}, "there is no .*step_000007"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(run, options, message):
+    asked = {"step": 2, "variants": ("rank1",), "configs": CONFIGS} | options
+    with pytest.raises(InputError, match=message):
+        on_rollouts(Rollouts(run, **asked), quiet())
+
+
+def test_a_run_s_own_techniques_are_taken_back_first(run):
+    config = dataclasses.replace(cli.resumed_config(run), use_clip=True, loss_type="gspo")
+    [plain] = read_variants(("rank1",), CONFIGS)
+    assert loss_of(variant_on_rollouts(plain, config)).keywords == {}
+
+
+def test_rollouts_with_torn_groups_are_refused(run, tmp_path):
+    lines = (run / "rollouts/step_000001.jsonl").read_text().splitlines()
+    (tmp_path / "torn.jsonl").write_text("\n".join(lines[:-1]))
+    with pytest.raises(InputError, match="whole groups of 8"):
+        compare.read_rollouts(tmp_path / "torn.jsonl", 8)
+
+
+# -- as runs ----------------------------------------------------------------------------------
+
+
+def command(root: Path, *args: str) -> cli.AblateRuns:
+    fixed = ["--config", str(root / "tiny.py"), "--seeds", "0", "1", "--out", str(root / "sweep")]
+    return cli.parse(cli.AblateRuns, [*fixed, *args])
+
+
+@pytest.fixture(scope="module")
+def swept(root):
+    """Two variants that must be equal to the bit, and one that must not; then all again."""
+    asked = command(root, "--variants", "rank1", "clip", "token_level")
+    (root / "sweep/rank1").mkdir(parents=True)
+    half = dataclasses.replace(asked.options, seed=0, run_dir=str(root / "sweep/rank1/seed_0"))
+    with pytest.MonkeyPatch.context() as patch:  # a run that a stopped sweep has left half done
+        patch.setattr(Learner, "learn", stop_at_second(Learner.learn))
+        with pytest.raises(KeyboardInterrupt):
+            train(half)
+    as_runs(asked, quiet())
+    return root / "sweep"
+
+
+def stop_at_second(real):
+    calls = []
+
+    def learn(self, rows):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(self, rows)
+
+    return learn
+
+
+def test_a_sweep_leaves_a_run_folder_each_and_goes_on_with_a_half_done_one(swept):
+    for variant in ("rank1", "clip", "token_level"):
+        for seed in (0, 1):
+            rows = read_metrics(swept / variant / f"seed_{seed}")
+            assert [r["step"] for r in rows if "train/loss" in r] == [1, 2]
+            assert rows[-1]["eval/total"] == 4
+    log = (swept / "rank1/seed_0.log").read_text()
+    assert " 2/2" in log  # it went on, and did not begin again
+    assert " 1/2" not in log
+    manifest = json.loads((swept / "ablation.json").read_text())
+    assert manifest["variants"]["clip"]["changes"] == {"use_clip": True}
+
+
+def test_the_report_says_what_was_found(swept):
+    text = (swept / "report.md").read_text()
+    [clip] = [line for line in text.splitlines() if line.startswith("| `clip` |")]
+    assert "identical to the bit" in clip
+    assert "0.0 ± 0.0" in clip
+    [other] = [line for line in text.splitlines() if line.startswith("| `token_level` |")]
+    assert "identical" not in other
+    assert "](effects.png)" in text
+    page = (swept / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 2
+    assert "<table>" in page
+
+
+def test_the_same_command_again_trains_nothing(swept, root):
+    times = {f: f.stat().st_mtime_ns for f in swept.glob("*/*/metrics.jsonl")}
+    assert len(times) == 6
+    as_runs(command(root, "--variants", "rank1", "clip", "token_level"), quiet())
+    assert times == {f: f.stat().st_mtime_ns for f in swept.glob("*/*/metrics.jsonl")}
+
+
+def test_a_folder_of_another_config_is_refused(swept, root):
+    with pytest.raises(InputError, match=r"seed_0 is of a run with another lr; .*--out"):
+        as_runs(command(root, "--variants", "rank1", "--lr", "0.5"), quiet())
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--eval_every", "0"], "eval_every=0"),
+        (["--jobs", "0"], "--jobs must be 1"),
+        (["--variants", "cispo+clip"], "use_clip with loss_type=cispo"),
+    ],
+)
+def test_a_sweep_that_cannot_be_is_refused_before_it_starts(root, args, message, tmp_path):
+    asked = command(root, "--variants", "rank1", *args)
+    with pytest.raises(InputError, match=message):
+        as_runs(dataclasses.replace(asked, out=tmp_path / "new"), quiet())
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_command_line_says_what_it_can_do():
+    ablate = [sys.executable, "-m", "jgrpo.ablate"]
+    done = subprocess.run([*ablate, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "rollouts RUN" in done.stdout
+    done = subprocess.run([*ablate, "run"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "'run' is neither rollouts nor runs" in done.stderr
+
+
+# -- statistics -------------------------------------------------------------------------------
+
+
+def fake(final: float, **others) -> report.Run:
+    fields = {"steps": [0, 1], "accuracy": [0.0, final], "adapter": {"a": np.array([final])}}
+    fields |= dict.fromkeys(("generated_tokens", "trained_tokens", "seconds"), 1.0)
+    return report.Run(**(fields | others))
+
+
+def test_an_interval_by_hand():
+    # n = 5: mean 3, s = sqrt(2.5), t(0.975, 4) = 2.776445; half = t s / sqrt 5 = 1.963243.
+    interval = report.Interval.of([1, 2, 3, 4, 5])
+    assert interval.mean == 3
+    assert interval.half == pytest.approx(2.776445 * math.sqrt(2.5 / 5), rel=1e-6)
+    assert math.isnan(report.Interval.of([1.0]).half)
+
+
+def test_differences_are_paired_by_seed():
+    # Each seed gains 0.1 exactly: unpaired, the seeds' own spread would hide it.
+    a = {s: fake(0.5 + 0.1 * s) for s in range(3)}
+    b = {s: fake(0.4 + 0.1 * s) for s in range(3)}
+    gain = report.paired(a, b, "final")
+    assert gain.mean == pytest.approx(0.1)
+    assert gain.half < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("gain", "half", "says"),
+    [
+        (0.1, 0.05, "contradicts: it gains more than 2 points"),
+        (0.0, 0.01, "supports: no gain above 2 points"),
+        (0.01, 0.05, "undecided"),
+        (-0.1, 0.05, "supports: it is worse"),
+    ],
+)
+def test_verdicts(gain, half, says):
+    flat = report.Interval(0.0, 0.1)
+    assert report.verdict(report.Interval(gain, half), flat, False, 0.02).startswith(says)
+    assert report.verdict(report.Interval(gain, half), flat, True, 0.02).startswith("identical")
+
+
+def test_seconds_and_tokens_are_those_of_the_run(swept):
+    folder = swept / "rank1" / "seed_1"
+    rows, found = read_metrics(folder), report.read_run(folder)
+    assert found.generated_tokens == sum(r.get("tokens/generated", 0) for r in rows)
+    assert found.steps == [0, 1, 2]
+    assert found.final == rows[-1]["eval/accuracy"]
+    assert found.mean == pytest.approx(np.mean([r["eval/accuracy"] for r in rows
+                                                if "eval/total" in r][1:]))  # fmt: skip
+
+
+def test_jobs_are_planned_seed_by_seed(root):
+    asked = command(root)
+    variants = read_variants(("rank1", "clip"), CONFIGS)
+    jobs = sweep.plan(asked.options, variants, (3, 4), root / "other")
+    assert [(j.seed, j.variant) for j in jobs] == [
+        (3, "rank1"), (3, "clip"), (4, "rank1"), (4, "clip"),
+    ]  # fmt: skip
+    assert jobs[1].config.run_dir == str(root / "other/clip/seed_3")
