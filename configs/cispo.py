@@ -1,4 +1,4 @@
-"""rank1.py with CISPO: the capped ratio as a weight."""
+"""rank1.py with CISPO, the capped ratio as a weight (one update a rollout: no cap binds)."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""rank1.py with GSPO: one ratio a completion, with the paper's clip."""
+"""rank1.py with GSPO, one ratio a completion, and its clip (one update: no clip binds)."""
 
 from dataclasses import replace
 from pathlib import Path

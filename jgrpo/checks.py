@@ -56,7 +56,7 @@ def _wrong_values(c: Any) -> Iterator[str]:
             f"updates_per_epoch={c.updates_per_epoch}: must divide "
             f"n_prompts_per_step={c.n_prompts_per_step}"
         )
-    if c.warmup_steps >= c.n_updates:
+    if c.warmup_steps >= c.n_updates > 0:
         yield f"warmup_steps={c.warmup_steps}: must be below the {c.n_updates} updates of the run"
     if c.reward_function and not all(c.reward_function.rpartition(":")[::2]):
         yield f"reward_function={c.reward_function!r}: must be file.py:function or module:function"
@@ -106,7 +106,8 @@ def without_effect(c: Any) -> list[str]:
     warnings = []
     if c.updates_per_rollout == 1:
         inert = ["use_clip"] * c.use_clip
-        inert += ["use_kl_penalty (kl_to=old)"] * (c.use_kl_penalty and c.kl_to == "old")
+        old_kl = c.use_kl_penalty and c.kl_to == "old" and c.kl_estimator != "k1"
+        inert += ["use_kl_penalty (kl_to=old)"] * old_kl
         inert += ["loss_type=cispo's cap"] * (c.loss_type == "cispo")
         if inert:
             warnings.append(
@@ -114,11 +115,19 @@ def without_effect(c: Any) -> list[str]:
                 "(epochs_per_step=1, updates_per_epoch=1): the update starts from the policy that "
                 "sampled, so every ratio is 1, nothing is clipped, and the KL has no gradient"
             )
-    if c.use_kl_penalty and c.kl_to == "base" and c.kl_estimator == "k1":
-        warnings.append(
-            "kl_estimator=k1 to the base has a gradient whose expectation is zero: it adds noise "
-            "and pulls nowhere; k2 is the unbiased one"
-        )
+    if c.use_kl_penalty and c.beta == 0:
+        warnings.append("use_kl_penalty changes nothing with beta=0")
+    if c.use_kl_penalty and c.kl_estimator == "k1":
+        if c.kl_to == "base":
+            warnings.append(
+                "kl_estimator=k1 to the base has a gradient whose expectation is zero: it adds "
+                "noise and pulls nowhere; k2 is the unbiased one"
+            )
+        elif c.updates_per_rollout == 1:
+            warnings.append(
+                "kl_estimator=k1 to the old policy has, with one update a rollout, a gradient "
+                "whose expectation is zero: it only adds noise"
+            )
     if c.loss_type == "dr_grpo" and c.use_std_norm:
         warnings.append("loss_type=dr_grpo is without std in its paper: --no_std_norm")
     if c.use_length_penalty and c.max_tokens <= c.expected_maximum_length - c.overlong_cache:

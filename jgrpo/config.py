@@ -33,8 +33,7 @@ class Config:
     lr: float = 9e-5
     """Adam's highest learning rate (betas 0.9, 0.999; eps 1e-8; global gradient norm <= 1)."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
-    """After the warm-up: stay, or fall to 0 at the last update (n_grpo_steps x epochs_per_step x
-    updates_per_epoch)."""
+    """After the warm-up: stay, or fall so that it would be 0 after the run's last update."""
     warmup_steps: int = 0
     """Optimizer updates over which the learning rate rises linearly from 0."""
     n_grpo_steps: int = 50

@@ -49,9 +49,9 @@ def needs_base(config: Config) -> bool:
 
 
 def pulls_without_advantage(config: Config) -> bool:
-    """Can a completion whose advantage is zero have a gradient?"""
-    old_kl = config.use_kl_penalty and config.updates_per_rollout > 1
-    return needs_base(config) or old_kl or config.entropy_coef > 0
+    """Can a completion whose advantage is zero have a gradient? (k1's is never zero.)"""
+    off_policy = config.updates_per_rollout > 1 or config.kl_estimator == "k1"
+    return (config.use_kl_penalty and (needs_base(config) or off_policy)) or config.entropy_coef > 0
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,8 @@ def surrogate(
     ratio, a = jnp.exp(log_ratio), advantages[:, None]
     if clip_eps is None:
         return -ratio * a, jnp.zeros_like(ratio)
-    clipped = jnp.clip(ratio, 1 - clip_eps, 1 + (clip_eps_high or clip_eps))
+    upper = clip_eps if clip_eps_high is None else clip_eps_high
+    clipped = jnp.clip(ratio, 1 - clip_eps, 1 + upper)
     return -jnp.minimum(ratio * a, clipped * a), clipped != ratio
 
 
@@ -65,7 +66,10 @@ def surrogate(
 #   p trained, q old (kl_to=old):  k1 and k3 have the gradient of KL(old || new) in expectation; k2
 #                                  that of E_old[d^2] / 2.
 #   q trained, p base (kl_to=base): k2 has the gradient of KL(new || base) in expectation; k1 has
-#                                  expectation zero; k3 has the gradient of KL(base || new).
+#                                  expectation zero; k3 has the gradient of KL(base || new). This
+#                                  holds on policy: later updates of a rollout have samples of the
+#                                  old policy, and the term is not weighed by the ratio.
+# All of it is of one token's distribution given its prefix, not of whole completions.
 
 
 def k1(d: jax.Array) -> jax.Array:
@@ -145,7 +149,7 @@ def with_extras(
         values = values + beta * metrics["kl"]
     if entropy_coef:
         assert entropies is not None, "entropy_coef needs entropies"
-        values = values - entropy_coef * entropies
+        values = values - entropy_coef * jnp.where(mask > 0, entropies, 0.0)
     sums = {name: (x * mask).sum() for name, x in metrics.items()}
     return values, jax.lax.stop_gradient(sums)
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from jgrpo.advantages import group_advantages
+from jgrpo.advantages import group_advantages, leave_one_out
 
 
 def test_one_right_of_four_by_hand():
@@ -79,3 +79,44 @@ def test_the_rewards_are_left_alone():
     rewards = np.array([[1.0, 0.0]])
     group_advantages(rewards)
     np.testing.assert_array_equal(rewards, [[1.0, 0.0]])
+
+
+# -- leave one out --------------------------------------------------------------------------------
+
+
+def test_leave_one_out_by_hand():
+    # The others of [1, 0, 0, 0] have means 0, 1/3, 1/3, 1/3; those of [2, 4, 9]: 6.5, 5.5, 3.
+    np.testing.assert_allclose(leave_one_out([[1.0, 0, 0, 0]]), [[1, -1 / 3, -1 / 3, -1 / 3]])
+    np.testing.assert_allclose(leave_one_out([[2.0, 4, 9]]), [[-4.5, -1.5, 6]])
+
+
+@pytest.mark.parametrize("n", [2, 3, 8])
+def test_leave_one_out_is_the_reward_minus_the_mean_of_the_others(n):
+    rewards = np.random.default_rng(0).normal(size=(20, n))
+    others = [[np.delete(group, g).mean() for g in range(n)] for group in rewards]
+    got = leave_one_out(rewards)
+    np.testing.assert_allclose(got, rewards - others, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        got, n / (n - 1) * group_advantages(rewards, std_norm=False), rtol=1e-6
+    )
+    assert got.dtype == np.float32
+
+
+def test_leave_one_out_with_std_is_divided_as_the_other():
+    rewards = np.random.default_rng(1).normal(size=(20, 4))
+    std = rewards.std(axis=1, ddof=1, keepdims=True) + 1e-4
+    expected = leave_one_out(rewards) / std
+    np.testing.assert_allclose(leave_one_out(rewards, std_norm=True), expected, rtol=1e-5)
+
+
+def test_a_constant_added_to_a_group_changes_nothing_of_leave_one_out():
+    rewards = np.random.default_rng(2).normal(size=(20, 8))
+    shifted = leave_one_out(rewards + np.arange(20)[:, None])
+    np.testing.assert_allclose(shifted, leave_one_out(rewards), rtol=1e-5, atol=1e-6)
+    assert not leave_one_out(np.full((3, 10), 0.1)).any()  # and equal rewards are exact zeros
+
+
+@pytest.mark.parametrize("bad", [[[1.0]], [1.0, 2.0], [[0.0, np.nan]]], ids=str)
+def test_leave_one_out_refuses_what_has_no_others(bad):
+    with pytest.raises(ValueError, match=r"shape|rewards\[0, 1\]"):
+        leave_one_out(np.array(bad))

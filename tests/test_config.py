@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from jgrpo.config import PROJECTIONS, Config, load_config, without_effect
+from jgrpo.checks import without_effect
+from jgrpo.config import PROJECTIONS, Config, load_config
 from jgrpo.errors import InputError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -41,6 +42,14 @@ BAD = [
     ("lora_target_modules", ()), ("lora_target_modules", ("q_proj", "q_proj")),
     ("lora_target_modules", ("lm_head",)), ("lora_target_modules", "q_proj"),
     ("lora_target_modules", 3),
+    ("loss_type", "ppo"), ("use_leave_one_out", 1), ("kl_to", "ref"), ("kl_estimator", "k4"),
+    ("clip_eps_high", 0.0), ("clip_eps_high", -0.1), ("clip_eps_high", math.nan),
+    ("cispo_max_ratio", 0.0), ("importance_weight_cap", -2.0), ("entropy_coef", -0.01),
+    ("entropy_coef", math.nan), ("updates_per_epoch", 0), ("updates_per_epoch", 3),
+    ("lr_scheduler_type", "step"), ("warmup_steps", -1), ("warmup_steps", 50),
+    ("warmup_steps", 0.1), ("max_sampling_rounds", 0), ("process_reward_weight", -0.1),
+    ("process_reward_weight", 1.1), ("prm_batch_size", 0),
+    ("reward_function", "mine"), ("reward_function", "mine.py:"), ("reward_function", ":f"),
 ]  # fmt: skip
 
 
@@ -70,7 +79,9 @@ def test_all_bad_fields_are_told_at_once():
 @pytest.mark.parametrize(
     ("field", "value"),
     [("overlong_cache", 0), ("overlong_cache", 1024), ("eval_every", 0), ("seed", 2**31 - 1),
-     ("beta", 0.0), ("group_size", 2), ("lora_r", 512), ("lora_alpha", 1)],
+     ("beta", 0.0), ("group_size", 2), ("lora_r", 512), ("lora_alpha", 1), ("clip_eps_high", 3.0),
+     ("updates_per_epoch", 32), ("warmup_steps", 49), ("entropy_coef", 0.0),
+     ("process_reward_weight", 0), ("process_reward_weight", 1.0), ("max_sampling_rounds", 1)],
 )  # fmt: skip
 def test_values_at_the_edge_are_accepted(field, value):
     assert getattr(Config(**{field: value}), field) == value
@@ -83,6 +94,16 @@ def test_defaults_are_the_study_s():
         "q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj",
     }  # fmt: skip
     assert config.n_completions_per_step == 256  # 32 x 8
+    assert (config.updates_per_rollout, config.n_updates) == (1, 50)
+
+
+def test_updates_are_counted_over_epochs_and_their_parts():
+    config = Config(n_grpo_steps=10, epochs_per_step=3, updates_per_epoch=4, warmup_steps=119)
+    assert (config.updates_per_rollout, config.n_updates) == (12, 120)
+    with pytest.raises(InputError, match="warmup_steps=120: must be below the 120 updates"):
+        dataclasses.replace(config, warmup_steps=120)
+    with pytest.raises(InputError, match="updates_per_epoch=8: must divide n_prompts_per_step=12"):
+        Config(n_prompts_per_step=12, updates_per_epoch=8)
 
 
 @pytest.mark.parametrize(
@@ -114,24 +135,47 @@ def test_a_config_cannot_be_changed_and_survives_json():
 # -- config files -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.py")), ids=lambda f: f.stem)
-def test_every_file_in_configs_loads(file):
-    assert isinstance(load_config(file), Config)
-
-
-def test_there_are_configs():
-    assert {"rank1", "rank4", "rank16", "tiny"} <= {f.stem for f in CONFIGS.glob("*.py")}
-
-
-@pytest.mark.parametrize("rank", [4, 16])
-def test_a_rank_s_config_changes_the_rank_alone(rank):
-    one, other = (dataclasses.asdict(load_config(CONFIGS / f"rank{r}.py")) for r in (1, rank))
-    assert {name for name in one if one[name] != other[name]} == {"lora_r"}
-    assert other["lora_r"] == rank
+# What each file changes of rank1.py, the study's best design; its docstring says the same in words.
+# Where the clip's lower width or the KL's weight is a default, only the switch changes.
+CHANGES = {
+    "rank4": {"lora_r": 4},
+    "rank16": {"lora_r": 16},
+    "clip": {"use_clip": True},
+    "kl": {"use_kl_penalty": True},
+    "kl_base": {"use_kl_penalty": True, "kl_to": "base"},
+    "token_level": {"use_token_level_loss": True},
+    "no_std_norm": {"use_std_norm": False},
+    "length_penalty": {"use_length_penalty": True},
+    "prm": {"use_prm": True},
+    "four_updates": {"updates_per_epoch": 4},
+    "dapo": {
+        "use_clip": True, "clip_eps_high": 0.28, "use_token_level_loss": True,
+        "use_dynamic_sampling": True, "use_length_penalty": True,
+    },
+    "dr_grpo": {"loss_type": "dr_grpo", "use_std_norm": False},
+    "gspo": {"loss_type": "gspo", "use_clip": True, "clip_eps": 3e-4, "clip_eps_high": 4e-4},
+    "cispo": {"loss_type": "cispo"},
+    "rloo": {"loss_type": "rloo", "use_leave_one_out": True, "use_std_norm": False},
+}  # fmt: skip
 
 
 def test_rank1_is_the_study_s_best_design():
     assert load_config(CONFIGS / "rank1.py") == Config()
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_config_file_changes_what_it_says_of_rank1_and_nothing_else(name):
+    fields, changed = (
+        dataclasses.asdict(config) for config in (Config(), load_config(CONFIGS / f"{name}.py"))
+    )
+    assert {k: v for k, v in changed.items() if v != fields[k]} == CHANGES[name]
+    assert (CONFIGS / f"{name}.py").read_text("utf-8").startswith('"""rank1.py with ')
+
+
+def test_every_config_file_is_in_the_table_and_loads():
+    files = {file.stem: load_config(file) for file in CONFIGS.glob("*.py")}
+    assert files.keys() == CHANGES.keys() | {"rank1", "tiny"}
+    assert all(isinstance(config, Config) for config in files.values())
 
 
 @pytest.mark.parametrize(
@@ -166,18 +210,62 @@ def test_projections_are_all_that_a_layer_has():
     assert len(PROJECTIONS) == len(set(PROJECTIONS)) == 7
 
 
+# -- options beside each other ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "names"),
+    [
+        ({"loss_type": "cispo", "use_clip": True}, "use_clip with loss_type=cispo"),
+        ({"loss_type": "dr_grpo", "use_token_level_loss": True},
+         "use_token_level_loss with loss_type=dr_grpo"),
+        ({"loss_type": "rloo", "use_token_level_loss": True},
+         "use_token_level_loss with loss_type=rloo"),
+        ({"loss_type": "gspo", "use_importance_weights": True},
+         "use_importance_weights with loss_type=gspo"),
+        ({"loss_type": "rloo", "use_importance_weights": True},
+         "use_importance_weights with loss_type=rloo"),
+    ],
+)  # fmt: skip
+def test_what_contradicts_itself_is_refused_with_both_names(fields, names):
+    with pytest.raises(InputError) as error:
+        Config(**fields)
+    [line] = str(error.value).splitlines()[1:]
+    assert line.strip().startswith(names)
+    for name, value in fields.items():  # and each of the two alone is fine
+        assert getattr(Config(**{name: value}), name) == value
+
+
 @pytest.mark.parametrize(
     ("fields", "warned"),
     [
-        ({"use_clip": True}, "use_clip"),
-        ({"use_kl_penalty": True}, "use_kl_penalty"),
-        ({"use_clip": True, "epochs_per_step": 2}, None),
-        ({"use_length_penalty": True, "max_tokens": 512}, "use_length_penalty"),
-        ({"use_length_penalty": True, "max_tokens": 513}, None),
-        ({}, None),
+        ({}, []),
+        ({"use_clip": True}, ["use_clip"]),
+        ({"use_kl_penalty": True}, ["use_kl_penalty (kl_to=old)"]),
+        ({"use_kl_penalty": True, "kl_to": "base"}, []),
+        ({"loss_type": "cispo"}, ["loss_type=cispo's cap"]),
+        ({"use_clip": True, "use_kl_penalty": True}, ["use_clip and use_kl_penalty"]),
+        ({"use_clip": True, "use_kl_penalty": True, "epochs_per_step": 2}, []),
+        ({"use_clip": True, "use_kl_penalty": True, "updates_per_epoch": 2}, []),
+        ({"loss_type": "cispo", "updates_per_epoch": 2}, []),
+        ({"use_kl_penalty": True, "kl_to": "base", "kl_estimator": "k1"}, ["kl_estimator=k1"]),
+        ({"kl_to": "base", "kl_estimator": "k1"}, []),
+        ({"loss_type": "dr_grpo"}, ["--no_std_norm"]),
+        ({"loss_type": "dr_grpo", "use_std_norm": False}, []),
+        ({"use_length_penalty": True, "max_tokens": 512}, ["use_length_penalty"]),
+        ({"use_length_penalty": True, "max_tokens": 513}, []),
+        ({"use_length_penalty": True, "max_tokens": 512, "use_clip": True, "loss_type": "dr_grpo"},
+         ["use_clip", "--no_std_norm", "use_length_penalty"]),
     ],
-)
+    ids=str,
+)  # fmt: skip
 def test_a_technique_that_cannot_change_anything_is_warned_of(fields, warned):
     warnings = without_effect(Config(**fields))
-    assert len(warnings) == (warned is not None)
-    assert all(warned in line for line in warnings)
+    assert len(warnings) == len(warned)
+    assert all(name in line for name, line in zip(warned, warnings, strict=True))
+
+
+def test_the_config_files_that_are_warned_of_are_known():
+    # With one update a rollout neither clip nor cap nor KL to the old policy can bind.
+    warned = {file.stem for file in CONFIGS.glob("*.py") if without_effect(load_config(file))}
+    assert warned == {"clip", "kl", "cispo", "gspo", "dapo"}

@@ -11,8 +11,11 @@ import pytest
 import torch
 from conftest import adapted, merged, random_ids, torch_logits, torch_model
 from flax import nnx
+from peft import PeftModel
 
+import jgrpo
 from jgrpo import logprobs as module
+from jgrpo.adapter import adapter_arrays
 from jgrpo.logprobs import token_logprobs
 from jgrpo.model import Decoder
 from jgrpo.weights import load_model
@@ -80,6 +83,64 @@ def test_chunks_change_nothing(whole, monkeypatch, chunk_rows):
         np.testing.assert_allclose(got, expected, atol=2e-6)
     for got, expected in zip(*map(jax.tree.leaves, (gradient, whole[1])), strict=True):
         np.testing.assert_allclose(got, expected, atol=2e-5 * float(jnp.abs(expected).max()))
+
+
+LOGPROB_WEIGHTS = np.cos(np.arange(IDS.size)).reshape(IDS.shape)
+ENTROPY_WEIGHTS = np.sin(1 + np.arange(IDS.size)).reshape(IDS.shape)
+
+
+def torch_entropy_gradient(model, temperature: float, logprob_weight: float) -> dict:
+    """Of the weighed sum of entropies (and logprobs), under PEFT's keys, by torch's autograd."""
+    model.zero_grad()
+    ids = torch.tensor(np.asarray(IDS), dtype=torch.long)
+    distribution = torch.distributions.Categorical(logits=model(ids).logits[:, :-1] / temperature)
+    weights = (torch.tensor((w * MASK)[:, 1:]) for w in (LOGPROB_WEIGHTS, ENTROPY_WEIGHTS))
+    values = distribution.log_prob(ids[:, 1:]) * logprob_weight, distribution.entropy()
+    sum((w * v).sum() for w, v in zip(weights, values, strict=True)).backward()
+    return {
+        name.replace(".default", ""): p.grad.numpy().copy()
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
+
+
+def test_the_gradient_of_the_entropies_equals_torch_and_peft(checkpoint, tmp_path, monkeypatch):
+    # In chunks of 8 rows: 47 trained tokens need six of sixteen.
+    monkeypatch.setattr(module, "HEAD_CHUNK_FLOATS", 8 * VOCAB)
+    folder = checkpoint("qwen3-tied")
+    graph, adapter, base = adapted(folder, 2)
+    jgrpo.save_adapter(merged(graph, adapter, base), tmp_path / "adapter")
+    model = torch_model(folder, torch.float64)
+    model = PeftModel.from_pretrained(model, tmp_path / "adapter", is_trainable=True).double()
+
+    @jax.jit
+    def gradient(adapter, base, logprob_weight):
+        def weighed(adapter):
+            logprobs, entropies = token_logprobs(
+                nnx.merge(graph, adapter, base), IDS, SEGMENTS, MASK,
+                temperature=0.7, entropy_gradient=True,
+            )  # fmt: skip
+            return (logprob_weight * LOGPROB_WEIGHTS * logprobs + ENTROPY_WEIGHTS * entropies).sum()
+
+        return jax.grad(weighed)(adapter)
+
+    for logprob_weight in (0.0, 1.0):  # alone, and beside that of the logprobs
+        got = adapter_arrays(gradient(adapter, base, logprob_weight))
+        expected = torch_entropy_gradient(model, 0.7, logprob_weight)
+        assert got.keys() == expected.keys()
+        for key in got:
+            error = np.linalg.norm(got[key] - expected[key]) / np.linalg.norm(expected[key])
+            assert error < 1e-4, key
+
+
+def test_entropies_have_no_gradient_unless_asked_for(checkpoint):
+    graph, adapter, base = adapted(checkpoint("qwen3-tied"), 2)
+
+    def entropies(adapter):
+        model = nnx.merge(graph, adapter, base)
+        return token_logprobs(model, IDS, SEGMENTS, MASK)[1].sum()
+
+    assert not any(x.any() for x in jax.tree.leaves(jax.jit(jax.grad(entropies))(adapter)))
 
 
 def shapes_in(jaxpr) -> Iterator[tuple[int, ...]]:

@@ -25,6 +25,7 @@ from tiny_run import (
     same_bits,
     tiny_config,
     write_base,
+    write_prm,
     write_problems,
 )
 from vllm_server import vllm_server
@@ -175,6 +176,29 @@ def test_a_run_goes_on_through_the_server(config, url, run, monkeypatch):
         for folder in (run, stopped)
     ]
     assert first[0] == first[1]  # the same seeds gave the same samples
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"use_kl_penalty": True, "beta": 0.04},
+        {"use_prm": True, "process_reward_weight": 0.5},
+        {"use_clip": True, "updates_per_epoch": 4, "use_importance_weights": True,
+         "use_dynamic_sampling": True},
+    ],
+    ids=lambda changes: "+".join(changes),
+)  # fmt: skip
+def test_the_study_s_techniques_train_through_the_server(changes, config, url, tmp_path):
+    changes = changes | {"prm_model_id": str(write_prm(tmp_path / "prm"))}
+    run = train(dataclasses.replace(config, vllm_url=url, n_grpo_steps=2, **changes))
+    check_files(run, 2)
+    rows = steps_of(run)
+    assert all(0 < row["sampler/logprob_diff_max"] < 1e-3 for row in rows)
+    if "use_prm" in changes:
+        assert all(0 < row["reward/process"] < 1 for row in rows)
+    if "use_importance_weights" in changes:  # sampler and trainer agree, and several updates move
+        assert all(abs(row["train/importance_weight"] - 1) < 1e-3 for row in rows)
+        assert all(row["train/approx_kl"] > 1e-7 for row in rows)
 
 
 def test_a_server_that_holds_another_base_is_found_out(config, url, tmp_path):

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.numpy import load_file
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from safetensors.torch import save_file as save_torch
+from transformers import Qwen2Config, Qwen2Model, Qwen3Config, Qwen3ForCausalLM
 
 from jgrpo.config import Config
 from jgrpo.tiny import END, make_tokenizer
@@ -46,6 +47,24 @@ def write_base(folder: Path) -> Path:
                     vectors[ids[before]] * 0.9
                 )  # after the norm: 7.2
     model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_prm(folder: Path) -> Path:
+    """A random process reward model in the layout of Skywork-o1-Open-PRM: a Qwen2 body, a value
+    head, and the tiny tokenizer."""
+    tokenizer = make_tokenizer()
+    torch.manual_seed(1)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=256,
+    )  # fmt: skip
+    tensors = {f"model.{name}": x for name, x in Qwen2Model(config).state_dict().items()}
+    tensors["v_head.summary.weight"] = torch.randn(1, 32) * 0.2  # scores not at 0 or 1
+    tensors["v_head.summary.bias"] = torch.zeros(1)
+    config.save_pretrained(folder)
+    save_torch(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     tokenizer.save_pretrained(folder)
     return folder
 
