@@ -186,23 +186,29 @@ def show(console: Console, header: Sequence[str], body: Sequence[Sequence[object
     console.print(shown)
 
 
+def parse(args: Sequence[str]) -> Rollouts | cli.AblateRuns:
+    """The command line. InputError for what cannot be used."""
+    kind, rest = (args[0] if args else ""), list(args[1:])
+    if kind == "rollouts":
+        prog = "python -m jgrpo.ablate rollouts"
+        return tyro.cli(Rollouts, args=rest, prog=prog, use_underscores=True)
+    if kind == "runs":
+        return cli.parse(cli.AblateRuns, rest, name="ablate runs")
+    if kind in ("-h", "--help"):
+        print(USAGE)
+        sys.exit(0)
+    raise InputError(f"{kind!r} is neither rollouts nor runs\n{USAGE}")
+
+
 def main() -> None:
     cli.tune_allocator()
-    kind, rest = (sys.argv[1] if len(sys.argv) > 1 else ""), sys.argv[2:]
     console = Console(highlight=False)
     with exit_status():
-        if kind == "rollouts":
-            on_rollouts(
-                tyro.cli(Rollouts, args=rest, prog="python -m jgrpo.ablate rollouts",
-                         use_underscores=True),
-                console,
-            )  # fmt: skip
-        elif kind == "runs":
-            as_runs(cli.parse(cli.AblateRuns, rest, name="ablate runs"), console)
-        elif kind in ("-h", "--help"):
-            print(USAGE)
+        asked = parse(sys.argv[1:])
+        if isinstance(asked, Rollouts):
+            on_rollouts(asked, console)
         else:
-            raise InputError(f"{kind!r} is neither rollouts nor runs\n{USAGE}")
+            as_runs(asked, console)
 
 
 if __name__ == "__main__":

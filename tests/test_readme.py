@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import jgrpo
-from jgrpo import cli
+from jgrpo import ablate, cli
 from jgrpo.config import Config, load_config
 
 ROOT = Path(__file__).parent.parent
@@ -30,6 +30,9 @@ def test_command_lines_are_understood(line, monkeypatch):
     monkeypatch.setattr(cli, "resumed_config", lambda run: load_config("configs/tiny.py"))
     words = shlex.split(line)
     words = words[words.index("-m") + 1 :]
+    if words[0] == "jgrpo.ablate":
+        assert ablate.parse(words[1:])
+        return
     kind = {"train": cli.Train, "evaluate": cli.Evaluate, "serve": cli.Serve}[words[0][6:]]
     arguments = words[1 : words.index("--")] if "--" in words else words[1:]
     assert cli.parse(kind, arguments).options.lora_r >= 1
