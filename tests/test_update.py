@@ -264,7 +264,9 @@ def test_a_population_of_adapters_can_be_trained_over_one_base(pair, rows):
     update, batch = compiled(graph), one_batch(rows)
 
     def gradient(adapter):
-        return update._micro_step(update._zeros(adapter), adapter, base, batch, None, None)[0].gradient
+        return update._micro_step(update._zeros(adapter), adapter, base, batch, None, None)[
+            0
+        ].gradient
 
     scales = (1.0, 0.5)
     population = jax.tree.map(lambda x: jnp.stack([s * x for s in scales]), adapter)
