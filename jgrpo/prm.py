@@ -99,7 +99,7 @@ def load_reward_model(folder: Path, dtype: str) -> ProcessRewardModel:
 
 
 def load_reward_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """What the folder's tokenizer.json says. InputError if there is none, or of a larger vocabulary.
+    """The folder's tokenizer.json as it stands. InputError if there is none that fits.
 
     AutoTokenizer would make Qwen2's own kind of any tokenizer that lies beside a Qwen2 config.json
     (transformers 5.19), and an empty one of none.
