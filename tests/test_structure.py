@@ -28,7 +28,7 @@ LAYERS = [
     {"learner", "collect", "variants"},
     {"compare", "report"},
     {"train", "evaluate", "serve", "tiny", "__init__"},
-    {"sweep"},
+    {"sweep", "tiny_prm"},
     {"ablate"},
 ]
 LAYER_OF = {module: i for i, modules in enumerate(LAYERS) for module in modules}
