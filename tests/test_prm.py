@@ -406,6 +406,31 @@ def test_tokens_are_right_up_to_the_first_wrong_one():
     assert tiny_prm.marked([5, 8], [5, 6, 8])[1:].tolist() == [[2, 1], [6, 0]]
 
 
+def test_training_rows_mark_their_steps_as_the_labels_say():
+    tokenizer = tiny.make_tokenizer()
+    newline = tokenizer.encode("\n")[-1]
+    rows = islice(tiny_prm.corpus(tokenizer, {}, random.Random(2)), 50)
+    n_right = n_wrong = 0
+    for segments, ids, marks, following in rows:
+        assert not marks[segments == 0].any()
+        for segment in range(1, segments.max() + 1):
+            own = segments == segment
+            problem, _, completion = tokenizer.decode(ids[own]).partition("\n")
+            a, b = map(int, re.findall(r"\d+", problem))
+            [kind] = [kind for kind, texts in tiny.KINDS.items()
+                      if problem in [text.format(a=a, b=b) for text in texts]]  # fmt: skip
+            ends = own & (ids == newline)
+            ends[np.flatnonzero(ends)[0]] = False  # the problem's own
+            # At a step's newline, the mark is the verdict on the step.
+            expected = tiny_prm.labels(kind, a, b, completion)
+            assert (marks[ends] == 2).tolist() == expected
+            assert (marks[own] > 0).sum() == len(tokenizer.encode(completion))
+            assert not following[own][marks[own] < 2].any()
+            n_right += sum(expected)
+            n_wrong += len(expected) - sum(expected)
+    assert min(n_right, n_wrong) > 50
+
+
 def test_no_held_out_problem_is_trained_on(monkeypatch):
     _, held_out = tiny.problem_sets(tiny.N_TRAIN, tiny.N_EVAL, seed=0)
     real, taught = tiny_prm.solution, []
