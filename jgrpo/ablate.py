@@ -32,8 +32,7 @@ Each has its own --help."""
 TECHNIQUES = ("no_std_norm", "kl", "clip", "token_level", "dr_grpo", "gspo", "cispo", "rloo",
               "dapo")  # fmt: skip
 REWARDS = ("length_penalty", "prm")
-OFF_POLICY = ("four_updates", *(f"four_updates+{x}" for x in ("clip", "kl", "gspo", "cispo")))
-STUDY = (BASELINE, "rank4", "rank16", *TECHNIQUES, *REWARDS, *OFF_POLICY)
+STUDY = (BASELINE, "rank4", "rank16", *TECHNIQUES, *REWARDS)
 ON_ROLLOUTS = (BASELINE, *TECHNIQUES, *REWARDS, "kl_base")
 NOT_OF_A_LOSS = {"use_dynamic_sampling", "max_sampling_rounds"}
 """What a variant changes beside its loss, advantage and reward, and what can be left away here."""
