@@ -1,10 +1,10 @@
-"""Speed and peak memory of the training phase, jgrpo against the PyTorch baseline, same rollout.
+"""Speed and peak memory of the training phase, jgrpo against its peers, same rollout.
 
-    python benchmarks/speed.py [--shape 135m] [--lengths realistic] [--repeats 5] [--out FILE]
+    python benchmarks/speed.py [--shape 135m] [--lengths realistic] [--peers torch trl] [--out FILE]
 
 Each side is a process of its own that lives through all repeats and works when it is its turn, so
 that neither thread pools nor memory are shared; the ratio is of neighbouring turns. The first turn
-(compilation, first touch of memory) is reported apart. torch runs in several environments, and the
+(compilation, first touch of memory) is reported apart. A peer runs in several environments, and its
 fastest counts. Last line: one JSON document. Memory on the CPU is read from /proc: Linux only.
 """
 
@@ -82,7 +82,7 @@ want the cores too; the allocator's setting is the one that jgrpo starts itself 
 
 @dataclass
 class Args:
-    """Time jgrpo and the PyTorch baseline in turn, on one update from the same rollout."""
+    """Time jgrpo and its peers in turn, on one update from the same rollout."""
 
     shape: Literal["tiny", "135m", "1.7b"] = "tiny"
     """tiny: configs/tiny.py, 128 completions. 135m: random weights in SmolLM2-135M's shape, 16
@@ -100,10 +100,13 @@ class Args:
     """jgrpo's; None: the config's."""
     compilation_cache: Path | None = None
     """jgrpo's; None: a new one, so that its first turn and its peak memory include compilation."""
+    peers: tuple[Literal["torch", "trl"], ...] = ("torch",)
+    """torch: the study's loop (torch_baseline.py). trl: TRL's GRPOTrainer, pip install trl==1.16.0.
+    """
     torch_micro_batch_size: int = 2
-    """The baseline's; 2 is the study's."""
+    """The peers'; 2 is the study's, and the fastest for both on a CPU."""
     torch_environments: tuple[str, ...] = tuple(TORCH_ENVIRONMENTS)
-    """Environments in which the baseline is tried, on a machine without a GPU."""
+    """Environments in which the peers are tried, on a machine without a GPU."""
     seed: int = 0
     """Of weights and rollout."""
     out: Path | None = None
@@ -229,20 +232,32 @@ def open_jgrpo(config: Config, folder: Path, lines: list[dict], _: int) -> tuple
 def open_torch(
     config: Config, folder: Path, lines: list[dict], micro_batch_size: int
 ) -> tuple[Learn, Memory]:
-    import torch
     from torch_baseline import Baseline, open_model
 
     baseline = Baseline(config, open_model(config, folder / "adapter"), micro_batch_size)
-    for weight in baseline.model.parameters():
+    return lambda: baseline.learn(lines)[-1]["grad_norm"], torch_memory(baseline.model)
+
+
+def open_trl(
+    config: Config, folder: Path, lines: list[dict], micro_batch_size: int
+) -> tuple[Learn, Memory]:
+    from torch_baseline import open_model
+    from trl_side import Trl
+
+    model = open_model(config, folder / "adapter")
+    trl = Trl(config, model, micro_batch_size)
+    return lambda: trl.learn(lines), torch_memory(model)
+
+
+def torch_memory(model: Any) -> Memory:
+    import torch
+
+    for weight in model.parameters():
         weight.sum()  # a mapped file is in memory, and counted, once it is read
-
-    def on_gpu() -> tuple[int, int]:
-        return torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
-
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    memory = on_gpu if torch.cuda.is_available() else resident_bytes
-    return lambda: baseline.learn(lines)[-1]["grad_norm"], memory
+    if not torch.cuda.is_available():
+        return resident_bytes
+    torch.cuda.reset_peak_memory_stats()
+    return lambda: (torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated())
 
 
 def resident_bytes() -> tuple[int, int]:
@@ -264,7 +279,7 @@ def work(side: str, folder: Path, torch_micro_batch_size: int) -> None:
     os.dup2(2, 1)  # what libraries print goes to stderr
     config = Config(**json.loads((folder / "config.json").read_text()))
     lines = [json.loads(line) for line in (folder / "rollout.jsonl").open()]
-    opened = {"jgrpo": open_jgrpo, "torch": open_torch}[side]
+    opened = {"jgrpo": open_jgrpo, "torch": open_torch, "trl": open_trl}[side]
     learn, memory = opened(config, folder, lines, torch_micro_batch_size)
     forget_peak()
     before, _ = memory()
@@ -329,9 +344,11 @@ def environments(args: Args, has_gpu: bool, folder: Path) -> dict[str, dict[str,
     """The sides, and what each finds in its environment."""
     ours = {"JAX_COMPILATION_CACHE_DIR": str(args.compilation_cache or folder / "xla")}
     if has_gpu:  # the other side needs memory too
-        return {"jgrpo": {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **ours}, "torch": {}}
-    torch = {f"torch, {name}": TORCH_ENVIRONMENTS[name] for name in args.torch_environments}
-    return {"jgrpo": KEPT | ours, **torch}
+        ours["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+        return {"jgrpo": ours} | {peer: {} for peer in args.peers}
+    kinds = args.torch_environments
+    theirs = {f"{peer}, {kind}": TORCH_ENVIRONMENTS[kind] for peer in args.peers for kind in kinds}
+    return {"jgrpo": KEPT | ours, **theirs}
 
 
 def take_turns(sides: list[Side], repeats: int) -> None:
@@ -341,7 +358,12 @@ def take_turns(sides: list[Side], repeats: int) -> None:
             print(f"{side.name}: {side.turns[-1]['seconds']:.2f} s", file=sys.stderr)
 
 
-def markdown(args: Args, lines: list[dict], sides: list[Side], best: Side) -> str:
+def ratios_to(ours: Side, side: Side) -> list[float]:
+    """A side's time over ours, turn by turn."""
+    return [t / j for j, t in zip(ours.seconds, side.seconds, strict=True)]
+
+
+def markdown(args: Args, lines: list[dict], sides: list[Side], fastest: list[Side]) -> str:
     lengths = [len(line["prompt_ids"]) + len(line["token_ids"]) for line in lines]
     signal = np.mean([line["advantage"] != 0 for line in lines])
     rows = [
@@ -349,15 +371,16 @@ def markdown(args: Args, lines: list[dict], sides: list[Side], best: Side) -> st
         f"{max(lengths)}, mean {np.mean(lengths):.0f}), {signal:.0%} with a signal; "
         f"medians of {args.repeats}",
         "",
-        "| side | time | first turn | torch / jgrpo | peak memory | of it training |",
+        "| side | time | first turn | time / jgrpo's | peak memory | of it training |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     ours = sides[0]
     for side in sides:
-        ratios = [t / j for j, t in zip(ours.seconds, side.seconds, strict=True)]
+        ratios = ratios_to(ours, side)
         ratio = f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        mark = " (its fastest)" if side in fastest else ""
         rows.append(
-            f"| {side.name}{' (fastest)' if side is best else ''} | {median(side.seconds):.2f} s "
+            f"| {side.name}{mark} | {median(side.seconds):.2f} s "
             f"| {side.turns[0]['seconds']:.1f} s | {ratio if side is not ours else '1'} "
             f"| {side.peak_bytes / 2**20:.0f} MiB "
             f"| {(side.peak_bytes - side.before_bytes) / 2**20:.0f} MiB |"
@@ -366,7 +389,7 @@ def markdown(args: Args, lines: list[dict], sides: list[Side], best: Side) -> st
 
 
 def compare(args: Args) -> bool:
-    """Run it all; did both sides do the same work?"""
+    """Run it all; did all sides do the same work?"""
     shape, has_gpu = SHAPES[args.shape], any(Path("/dev").glob("nvidia[0-9]*"))
     if shape.needs_gpu and not has_gpu:
         raise InputError(f"--shape {args.shape} needs a GPU, and there is none; take 135m")
@@ -381,18 +404,19 @@ def compare(args: Args) -> bool:
             stack.callback(side.close)
         take_turns(sides, args.repeats)
         load.append(os.getloadavg()[0])
-    best = min(sides[1:], key=lambda side: median(side.seconds))
-    ratios = [t / j for j, t in zip(sides[0].seconds, best.seconds, strict=True)]
+    of_peers = [[side for side in sides if side.name.split(",")[0] == peer] for peer in args.peers]
+    fastest = [min(kinds, key=lambda side: median(side.seconds)) for kinds in of_peers]
+    ratios = {side.name: ratios_to(sides[0], side) for side in fastest}
     norms = [side.turns[0]["grad_norm"] for side in sides]
     same = max(abs(n / norms[0] - 1) for n in norms) < SAME_WORK[shape.dtype]
-    table = markdown(args, lines, sides, best)
+    table = markdown(args, lines, sides, fastest)
     if args.out:
         args.out.write_text(table)
     print(table)
     document = {
         "arguments": {k: str(v) for k, v in vars(args).items()}, "same_work": same,
         "n_cpus": os.cpu_count(), "load_before_after": load,
-        "ratio_torch_to_jgrpo": ratios, "ratio_median": median(ratios), "torch": best.name,
+        "ratios": ratios, "ratio_medians": {name: median(r) for name, r in ratios.items()},
         "sides": {side.name: side.summary() for side in sides},
     }  # fmt: skip
     print(json.dumps(document))

@@ -47,6 +47,8 @@ class Train(Command):
 
     resume: Path | None = None
     """Run folder to go on with, from its last checkpoint and with its own config."""
+    dry_run: bool = False
+    """Read everything but the weights, say how much memory training will take, and stop."""
 
 
 @dataclass(frozen=True)

@@ -126,25 +126,17 @@ class _Forward:
     def __call__(self, adapter, base, batch):
         model = nnx.merge(self.graph, adapter, base)
         return token_logprobs(
-            model, batch.ids, batch.segments, batch.mask,
-            temperature=self.temperature, entropy_gradient=self.entropy_gradient,
-        )  # fmt: skip
+            model, batch, temperature=self.temperature, entropy_gradient=self.entropy_gradient
+        )
 
 
 def _micro_batches(rows: Rows, config: Config) -> list[MicroBatch]:
-    """All rows, in micro-batches of one shape: compiling twice takes longer than padding."""
+    """All rows, whatever their advantages: they are cut alike for all variants."""
     everything = np.arange(len(rows.advantages))
-    batches = micro_batches(
+    return micro_batches(
         rows, everything,
         micro_batch_size=config.micro_batch_size, max_model_len=config.max_model_len,
     )  # fmt: skip
-    height, width = (max(b.ids.shape[axis] for b in batches) for axis in (0, 1))
-    return [MicroBatch(*(_padded(x, height, width) for x in batch)) for batch in batches]
-
-
-def _padded(x: np.ndarray, height: int, width: int) -> np.ndarray:
-    wanted = (height, width)[: x.ndim]
-    return np.pad(x, [(0, n - have) for n, have in zip(wanted, x.shape, strict=True)])
 
 
 def _gradients(

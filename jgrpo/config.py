@@ -48,9 +48,9 @@ class Config:
     """Optimizer updates in a pass: the rollout is split into as many parts, by prompts. With more
     than one update on a rollout the ratio leaves 1, and clip and KL to the old policy matter."""
     micro_batch_size: int = 4
-    """Completions in one forward and backward at the longest length bucket; shorter buckets hold
-    as many more as give the same number of tokens. Changes memory and speed, not the gradient. A
-    layer's attention takes micro_batch_size x heads x length^2 x 4 bytes a few times over."""
+    """Bounds one forward and backward to as many tokens as this many completions have when they and
+    their prompts are longest. A prompt is computed once for its completions, and short completions
+    share rows. Changes memory and speed, not the gradient; --dry_run says what it takes."""
     gradient_checkpointing: bool = True
     """Recompute each layer in the backward pass instead of keeping its activations."""
     seed: int = 42

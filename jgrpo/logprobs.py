@@ -1,8 +1,11 @@
 """Log-probability of each token given the ones before it: the only place that shifts by one, and
 the only one that divides by the temperature.
 
-The head (D -> V) runs over chunks of the tokens that are trained, so that no [N, T, V] array ever
-exists; prompt and padding tokens do not reach it (but for those that fill up the last chunk).
+A prompt runs through the model once, and all its completions look back at it. The head (D -> V)
+runs over chunks of the completions' tokens, so that no [N, T, V] array ever exists; prompt and
+padding tokens do not reach it (but for those that fill up the last chunk).
+
+Axes as in `batch`: P prompts of S tokens, R rows of U tokens, N completions; M = P S + R U.
 """
 
 from functools import partial
@@ -10,7 +13,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from jgrpo.model import Decoder, full_attention, positions_in
+from jgrpo.batch import MicroBatch
+from jgrpo.model import Attend, Decoder, attention, causal_mask, positions_in
 
 HEAD_CHUNK_FLOATS = 2**24
 """Logits in memory at once (64 MiB in float32); the chunk's backward pass needs a few such."""
@@ -18,32 +22,76 @@ HEAD_CHUNK_FLOATS = 2**24
 
 def token_logprobs(
     model: Decoder,
-    ids: jax.Array,
-    segments: jax.Array,
-    mask: jax.Array,
+    batch: MicroBatch,
     *,
     temperature: float = 1.0,
     checkpoint: bool = False,
     entropy_gradient: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """ids, segments, mask [N, T] -> logprobs and entropies, float32 [N, T], 0 where mask is 0.
+    """logprobs and entropies of a micro-batch's completions, float32 [N, U], 0 where its mask is 0.
 
-    logprobs[n, t] = log softmax(logits[n, t-1] / temperature)[ids[n, t]], and entropies[n, t] is
-    that distribution's entropy in nats (without a gradient, unless `entropy_gradient`). The first
-    token of a segment has none: its mask must be 0. The gradient is that of the hidden states; the
-    head is frozen.
+    logprobs[n, t] = log softmax(logits / temperature)[token t], the logits being those after token
+    t - 1 (for the first, after the prompt), and entropies[n, t] is that distribution's entropy in
+    nats (without a gradient, unless `entropy_gradient`). The gradient is that of the hidden states;
+    the head is frozen.
     """
-    hidden, _ = model.model(
-        ids, positions_in(segments), full_attention(segments), checkpoint=checkpoint
-    )
-    before = jnp.roll(hidden, 1, axis=1).reshape(-1, hidden.shape[-1])
-    head = _head(model, temperature)
-    values = _chunked(
-        head, before, ids.reshape(-1), mask.reshape(-1) > 0,
+    before = _hidden_before(model, batch, checkpoint)
+    packed = _chunked(
+        _head(model, temperature), before, batch.rows.reshape(-1), batch.segments.reshape(-1) > 0,
         chunk=_chunk_rows(model.config.vocab_size), entropy_gradient=entropy_gradient,
     )  # fmt: skip
-    logprobs, entropies = (v.reshape(ids.shape) for v in values)
+    where = batch.starts[:, None] + jnp.arange(batch.mask.shape[1])
+    unpacked = (x.at[where].get(mode="fill", fill_value=0) for x in packed)
+    logprobs, entropies = (jnp.where(batch.mask > 0, x, 0) for x in unpacked)
     return logprobs, entropies
+
+
+def _hidden_before(model: Decoder, batch: MicroBatch, checkpoint: bool) -> jax.Array:
+    """Final hidden state of the token before each one of the rows [R U, D]."""
+    (p, s), (r, u) = batch.prompts.shape, batch.rows.shape
+    lengths = jnp.asarray(batch.prompt_lengths)
+    ids = jnp.concatenate([batch.prompts.reshape(-1), batch.rows.reshape(-1)])
+    in_rows = lengths[batch.row_prompts][:, None] + positions_in(jnp.asarray(batch.segments))
+    positions = jnp.concatenate([jnp.tile(jnp.arange(s), p), in_rows.reshape(-1)])
+    hidden, _ = model.model(
+        ids[None], positions[None], _shared_prompts(batch), checkpoint=checkpoint
+    )
+    of_prompts, of_rows = _split(hidden, batch)
+    last = jnp.take_along_axis(of_prompts, (lengths - 1)[:, None, None], axis=1)
+    first = jnp.diff(batch.segments, axis=1, prepend=0) != 0
+    before = jnp.where(first[..., None], last[batch.row_prompts], jnp.roll(of_rows, 1, axis=1))
+    return before.reshape(r * u, -1)
+
+
+def _split(x: jax.Array, batch: MicroBatch) -> tuple[jax.Array, jax.Array]:
+    """x [1, M, ...] -> what is of the prompts [P, S, ...], and of the rows [R, U, ...]."""
+    n = batch.prompts.size
+    shapes = batch.prompts.shape, batch.rows.shape
+    parts = x[0, :n], x[0, n:]
+    of_prompts, of_rows = (y.reshape(*k, *x.shape[2:]) for y, k in zip(parts, shapes, strict=True))
+    return of_prompts, of_rows
+
+
+def _shared_prompts(batch: MicroBatch) -> Attend:
+    """A prompt's tokens see each other, a completion's the prompt and each other; all causally."""
+    (_, s), (r, u) = batch.prompts.shape, batch.rows.shape
+    among_prompts = jnp.tril(jnp.ones((1, s, s), bool))  # padding comes last, and is not seen
+    in_prompt = jnp.arange(s) < jnp.asarray(batch.prompt_lengths)[batch.row_prompts][:, None]
+    in_prompt = jnp.broadcast_to(in_prompt[:, None], (r, u, s))
+    among_rows = jnp.concatenate([in_prompt, causal_mask(jnp.asarray(batch.segments))], axis=2)
+
+    def attend(q, k, v, _):
+        (q_prompts, q_rows), (k_prompts, k_rows), (v_prompts, v_rows) = (
+            _split(x, batch) for x in (q, k, v)
+        )
+        k_rows = jnp.concatenate([k_prompts[batch.row_prompts], k_rows], axis=1)
+        v_rows = jnp.concatenate([v_prompts[batch.row_prompts], v_rows], axis=1)
+        of_prompts = attention(q_prompts, k_prompts, v_prompts, among_prompts)
+        of_rows = attention(q_rows, k_rows, v_rows, among_rows)
+        flat = [x.reshape(-1, *q.shape[2:]) for x in (of_prompts, of_rows)]
+        return jnp.concatenate(flat)[None], None
+
+    return attend
 
 
 def _head(model, temperature):

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from transformers import PreTrainedTokenizerBase
@@ -288,5 +287,4 @@ def _logprobs(policy, adapter, prompts, completions, temperature) -> np.ndarray:
 @jax.jit(static_argnums=0)
 def _jitted_logprobs(graph, adapter, base, batch, temperature):
     model = nnx.merge(graph, adapter, base)
-    return token_logprobs(model, jnp.asarray(batch.ids), batch.segments, batch.mask,
-                          temperature=temperature)[0]  # fmt: skip
+    return token_logprobs(model, batch, temperature=temperature)[0]

@@ -31,6 +31,7 @@ from jgrpo.collect import Collector, Rollout
 from jgrpo.config import Config
 from jgrpo.grader import Grader
 from jgrpo.learner import Learner
+from jgrpo.memory import KNOBS, free_memory, ran_out, training_memory
 from jgrpo.plot import draw
 from jgrpo.rewards import combine, custom_rewards, length_penalty
 from jgrpo.rollout import Sampler
@@ -97,12 +98,24 @@ def train(config: Config, resume: Path | None = None) -> Path:
                 checkpoints.save(*loop.whole)
             message = f"stopped after step {loop.whole[0]}; to go on: "
             message += f"python -m jgrpo.train --resume {run_dir}"
+            if ran_out(error):
+                error = RunError(f"out of memory: {KNOBS}. {str(error).splitlines()[0]}")
             if isinstance(error, RunError | OSError):
                 raise RunError(f"{error}\n{message}") from error
             log.info(message)
             raise
         finish(run_dir, log)
     return run_dir
+
+
+def dry_run(config: Config) -> None:
+    """Read all input but the weights, and print what training will take of the memory."""
+    configure_jax()
+    problems, policy = open_problems(config), open_policy(config, abstract=True)
+    lengths = [len(problem.prompt_ids) for problem in problems.train]
+    memory = training_memory(config, policy, lengths)
+    for line in (*problems.report, *without_effect(config), memory.table(free_memory())):
+        print(line)
 
 
 class Loop:
@@ -289,7 +302,10 @@ def finish(run_dir: Path, log: RunLog) -> None:
 def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with exit_status():
-        train(COMMAND.options, COMMAND.resume)
+        if COMMAND.dry_run:
+            dry_run(COMMAND.options)
+        else:
+            train(COMMAND.options, COMMAND.resume)
 
 
 if __name__ == "__main__":

@@ -113,6 +113,11 @@ class Update:
         total, _ = self._sum(adapter, base, batches, None, None)
         return jax.tree.map(lambda g: g / denominator, total.gradient)
 
+    def compiled(self, adapter, base, batch: MicroBatch) -> jax.stages.Compiled:
+        """The program of one micro-batch (first update of a rollout), of shapes alone."""
+        total = jax.eval_shape(self._zeros, adapter)
+        return self._accumulate.lower(total, adapter, base, batch, None, None).compile()
+
     @property
     def n_compilations(self) -> int:
         """Programs compiled so far: for each shape of micro-batch one with the gradient, one
@@ -131,7 +136,7 @@ class Update:
 
     def _token_logprobs(self, adapter, base, batch) -> tuple[jax.Array, jax.Array]:
         model = nnx.merge(self.graph, adapter, base)
-        return token_logprobs(model, batch.ids, batch.segments, batch.mask, **self.options)
+        return token_logprobs(model, batch, **self.options)
 
     def _zeros(self, adapter) -> Sums:
         one = jnp.zeros((1, 1))

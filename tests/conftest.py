@@ -14,6 +14,7 @@ os.environ["XLA_FLAGS"] = (
     + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 )
 
+from itertools import groupby
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ from flax import nnx
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 import jgrpo
-from jgrpo.batch import Rows
+from jgrpo.batch import MicroBatch, Rows, Shape, _fill, _pack, bucket
 from jgrpo.lora import LoRAParam, split
 
 SHAPE = {
@@ -156,6 +157,16 @@ def merged(graph, adapter, base):
     model = nnx.merge(graph, adapter, base)
     assert nnx.state(model, LoRAParam)
     return model
+
+
+def in_one_batch(rows: Rows) -> MicroBatch:
+    """The whole rollout as a single micro-batch, however much it would save to cut it."""
+    groups = [[*g] for _, g in groupby(range(len(rows.prompts)), lambda i: tuple(rows.prompts[i]))]
+    width = bucket(max(map(len, rows.completions)))
+    packed = [_pack(rows, group, width) for group in groups]
+    prompt_width = bucket(max(map(len, rows.prompts)))
+    shape = Shape(len(groups), prompt_width, sum(map(len, packed)), width, max(map(len, groups)))
+    return _fill(rows, shape, packed)
 
 
 @pytest.fixture

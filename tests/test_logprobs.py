@@ -9,22 +9,60 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from conftest import adapted, merged, random_ids, torch_logits, torch_model
+from conftest import adapted, in_one_batch, merged, random_ids, torch_logits, torch_model
 from flax import nnx
 from peft import PeftModel
 
 import jgrpo
 from jgrpo import logprobs as module
 from jgrpo.adapter import adapter_arrays
+from jgrpo.batch import MicroBatch, Rows
 from jgrpo.logprobs import token_logprobs
 from jgrpo.model import Decoder
 from jgrpo.weights import load_model
 
-IDS = jnp.asarray(random_ids(4, 32))
 VOCAB, WIDTH = 67, 32
-LENGTHS, PROMPT_LENGTHS = np.array([[32], [20], [9], [3]]), np.array([[5], [1], [8], [3]])
-SEGMENTS = (np.arange(32) < LENGTHS).astype(np.int32)
-MASK = (SEGMENTS * (np.arange(32) >= PROMPT_LENGTHS)).astype(np.float32)
+PROMPTS = [random_ids(1, n)[0] for n in (5, 1)]
+LENGTHS = (27, 4, 11, 2, 3)
+PROMPT_OF = (0, 0, 0, 1, 1)
+COMPLETIONS = list(np.split(random_ids(1, sum(LENGTHS))[0], np.cumsum(LENGTHS)[:-1]))
+"""All different, in three rows of 32: 27 + 4 tokens, 11, and 3 + 2 of the other prompt."""
+TEXTS = [np.concatenate([PROMPTS[p], c]) for p, c in zip(PROMPT_OF, COMPLETIONS, strict=True)]
+
+
+def make_batch() -> MicroBatch:
+    rows = Rows(
+        [PROMPTS[p].tolist() for p in PROMPT_OF],
+        [c.tolist() for c in COMPLETIONS],
+        [[0.0] * n for n in LENGTHS],
+        np.ones(5, np.float32),
+        np.array([True, True, True, False, True]),
+    )
+    return in_one_batch(rows)
+
+
+BATCH = make_batch()
+MASK = BATCH.mask
+N_TRAINED = sum(LENGTHS) - 2
+WEIGHTS = np.cos(np.arange(MASK.size)).reshape(MASK.shape)  # each token counts differently
+ENTROPY_WEIGHTS = np.sin(1 + np.arange(MASK.size)).reshape(MASK.shape)
+
+
+def test_the_batch_is_packed_as_the_tests_below_say():
+    assert BATCH.segments.tolist() == [
+        [1] * 27 + [2] * 4 + [0], [1] * 11 + [0] * 21, [1] * 3 + [2] * 2 + [0] * 27,
+    ]  # fmt: skip
+    assert BATCH.row_prompts.tolist() == [0, 0, 1]
+    assert MASK.sum() == N_TRAINED == 45
+
+
+def slots() -> list[int]:
+    """Which row of the mask is which completion's, by their tokens."""
+    flat = BATCH.rows.reshape(-1)
+    found = [flat[start:][:n].tolist() for start in BATCH.starts for n in [32]]
+    return [
+        next(i for i, row in enumerate(found) if row[: len(c)] == c.tolist()) for c in COMPLETIONS
+    ]
 
 
 @pytest.fixture(scope="module", params=["qwen3-tied", "qwen3-untied"])
@@ -33,21 +71,21 @@ def folder(checkpoint, request):
 
 
 def reference(folder, temperature) -> tuple[np.ndarray, np.ndarray]:
-    """log_softmax by torch; the row's first token, the prompt and the padding are 0."""
-    logits = torch.tensor(torch_logits(torch_model(folder), IDS)).double() / temperature
-    distribution = torch.distributions.Categorical(logits=logits[:, :-1])
-    next_ids = torch.tensor(np.asarray(IDS[:, 1:]), dtype=torch.long)
-    values = distribution.log_prob(next_ids).numpy(), distribution.entropy().numpy()
-    return tuple(np.pad(v, ((0, 0), (1, 0))) * MASK for v in values)
+    """By torch, of each completion after its prompt alone; 0 where the mask is."""
+    model, values = torch_model(folder), np.zeros((2, *MASK.shape))
+    for text, n, slot in zip(TEXTS, LENGTHS, slots(), strict=True):
+        logits = torch.tensor(torch_logits(model, text[None])).double()[0, -n - 1 : -1]
+        distribution = torch.distributions.Categorical(logits=logits / temperature)
+        values[0, slot, :n] = distribution.log_prob(torch.tensor(text[-n:])).numpy()
+        values[1, slot, :n] = distribution.entropy().numpy()
+    return values[0] * MASK, values[1] * MASK
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logprobs_and_entropies_equal_log_softmax(folder, temperature):
     logprobs, entropies = reference(folder, temperature)
-    assert (MASK.sum(), MASK[3].sum()) == (27 + 19 + 1, 0)
-    got = jax.jit(partial(token_logprobs, temperature=temperature))(
-        load_model(folder), IDS, SEGMENTS, MASK
-    )
+    assert (logprobs < 0).sum() == N_TRAINED
+    got = jax.jit(partial(token_logprobs, temperature=temperature))(load_model(folder), BATCH)
     np.testing.assert_allclose(got[0], logprobs, atol=1e-4)
     np.testing.assert_allclose(got[1], entropies, atol=1e-4)
     assert np.asarray(got[0])[MASK == 0].tolist() == [0] * int((MASK == 0).sum())
@@ -57,9 +95,8 @@ def value_and_gradient(graph, adapter, base):
     """What the loss sees of the logprobs, and the adapter's gradient of it."""
 
     def loss(adapter, base):
-        values = token_logprobs(nnx.merge(graph, adapter, base), IDS, SEGMENTS, MASK)
-        weights = jnp.cos(jnp.arange(IDS.size)).reshape(IDS.shape)  # each token counts differently
-        return (values[0] * weights).sum(), values
+        values = token_logprobs(nnx.merge(graph, adapter, base), BATCH)
+        return (values[0] * WEIGHTS).sum(), values
 
     return jax.jit(jax.value_and_grad(loss, has_aux=True))(adapter, base)
 
@@ -68,35 +105,34 @@ def value_and_gradient(graph, adapter, base):
 def whole(checkpoint):
     """Values and gradient where one chunk holds all tokens."""
     parts = adapted(checkpoint("qwen3-tied"), 2)
-    assert IDS.size * VOCAB < module.HEAD_CHUNK_FLOATS
+    assert BATCH.rows.size * VOCAB < module.HEAD_CHUNK_FLOATS
     return parts, value_and_gradient(*parts)
 
 
 @pytest.mark.parametrize("chunk_rows", [8, 40])
 def test_chunks_change_nothing(whole, monkeypatch, chunk_rows):
-    # 47 of 128 tokens are trained: the sixth chunk of 8 is cut and ten are skipped; of 40, two are
-    # needed, and the fourth reaches beyond the 128.
+    # 47 of 96 tokens are of completions: the sixth chunk of 8 is cut and six are skipped; of 40,
+    # two are needed, and the third reaches beyond the 96.
+    assert (BATCH.rows.size, (BATCH.segments > 0).sum()) == (96, 47)
     parts, whole = whole
     monkeypatch.setattr(module, "HEAD_CHUNK_FLOATS", chunk_rows * VOCAB)
     (_, values), gradient = value_and_gradient(*parts)
     for got, expected in zip(values, whole[0][1], strict=True):
-        np.testing.assert_allclose(got, expected, atol=2e-6)
+        np.testing.assert_allclose(got, expected, atol=5e-6)
     for got, expected in zip(*map(jax.tree.leaves, (gradient, whole[1])), strict=True):
         np.testing.assert_allclose(got, expected, atol=2e-5 * float(jnp.abs(expected).max()))
-
-
-LOGPROB_WEIGHTS = np.cos(np.arange(IDS.size)).reshape(IDS.shape)
-ENTROPY_WEIGHTS = np.sin(1 + np.arange(IDS.size)).reshape(IDS.shape)
 
 
 def torch_entropy_gradient(model, temperature: float, logprob_weight: float) -> dict:
     """Of the weighed sum of entropies (and logprobs), under PEFT's keys, by torch's autograd."""
     model.zero_grad()
-    ids = torch.tensor(np.asarray(IDS), dtype=torch.long)
-    distribution = torch.distributions.Categorical(logits=model(ids).logits[:, :-1] / temperature)
-    weights = (torch.tensor((w * MASK)[:, 1:]) for w in (LOGPROB_WEIGHTS, ENTROPY_WEIGHTS))
-    values = distribution.log_prob(ids[:, 1:]) * logprob_weight, distribution.entropy()
-    sum((w * v).sum() for w, v in zip(weights, values, strict=True)).backward()
+    for text, n, slot in zip(TEXTS, LENGTHS, slots(), strict=True):
+        ids = torch.tensor(text, dtype=torch.long)
+        logits = model(ids[None]).logits[0, -n - 1 : -1] / temperature
+        distribution = torch.distributions.Categorical(logits=logits)
+        weights = (torch.tensor((w * MASK)[slot, :n]) for w in (WEIGHTS, ENTROPY_WEIGHTS))
+        values = distribution.log_prob(ids[-n:]) * logprob_weight, distribution.entropy()
+        sum((w * v).sum() for w, v in zip(weights, values, strict=True)).backward()
     return {
         name.replace(".default", ""): p.grad.numpy().copy()
         for name, p in model.named_parameters()
@@ -117,10 +153,9 @@ def test_the_gradient_of_the_entropies_equals_torch_and_peft(checkpoint, tmp_pat
     def gradient(adapter, base, logprob_weight):
         def weighed(adapter):
             logprobs, entropies = token_logprobs(
-                nnx.merge(graph, adapter, base), IDS, SEGMENTS, MASK,
-                temperature=0.7, entropy_gradient=True,
-            )  # fmt: skip
-            return (logprob_weight * LOGPROB_WEIGHTS * logprobs + ENTROPY_WEIGHTS * entropies).sum()
+                nnx.merge(graph, adapter, base), BATCH, temperature=0.7, entropy_gradient=True
+            )
+            return (logprob_weight * WEIGHTS * logprobs + ENTROPY_WEIGHTS * entropies).sum()
 
         return jax.grad(weighed)(adapter)
 
@@ -138,7 +173,7 @@ def test_entropies_have_no_gradient_unless_asked_for(checkpoint):
 
     def entropies(adapter):
         model = nnx.merge(graph, adapter, base)
-        return token_logprobs(model, IDS, SEGMENTS, MASK)[1].sum()
+        return token_logprobs(model, BATCH)[1].sum()
 
     assert not any(x.any() for x in jax.tree.leaves(jax.jit(jax.grad(entropies))(adapter)))
 
@@ -157,17 +192,17 @@ def shapes_in(jaxpr) -> Iterator[tuple[int, ...]]:
 
 @pytest.mark.parametrize(("chunk_rows", "all_at_once"), [(8, False), (10**6, True)])
 def test_the_logits_of_all_tokens_never_exist(checkpoint, monkeypatch, chunk_rows, all_at_once):
-    # [N, T, V] has 128 rows of V; the largest allowed is the head itself, D = 32 rows. The second
-    # case shows that the search finds such an array where there is one.
+    # All rows' logits are 96 rows of V; the largest allowed is the head itself, D = 32 rows. The
+    # second case shows that the search finds such an array where there is one.
     monkeypatch.setattr(module, "HEAD_CHUNK_FLOATS", chunk_rows * VOCAB)
     parts = adapted(checkpoint("qwen3-tied"), 1)
     program = jax.make_jaxpr(lambda a, b: value_and_gradient(parts[0], a, b))(*parts[1:])
     with_vocab = [np.prod(s) // VOCAB for s in shapes_in(program) if VOCAB in s]
-    assert max(with_vocab) == (IDS.size if all_at_once else WIDTH)
+    assert max(with_vocab) == (BATCH.rows.size if all_at_once else WIDTH)
 
 
-def test_the_head_sees_the_trained_tokens_alone(checkpoint, monkeypatch):
-    # 47 tokens are trained: six chunks of 8 (one row fills up), not sixteen for the 128.
+def test_the_head_sees_the_completions_alone(checkpoint, monkeypatch):
+    # 47 tokens are of completions: six chunks of 8 (one row fills up), not twelve for the 96.
     seen = []
     logits = Decoder.logits
 
@@ -178,6 +213,6 @@ def test_the_head_sees_the_trained_tokens_alone(checkpoint, monkeypatch):
     monkeypatch.setattr(module, "HEAD_CHUNK_FLOATS", 8 * VOCAB)
     monkeypatch.setattr(Decoder, "logits", spy)
     model = merged(*adapted(checkpoint("qwen3-tied"), 1))
-    jax.block_until_ready(jax.jit(token_logprobs)(model, IDS, SEGMENTS, MASK))
+    jax.block_until_ready(jax.jit(token_logprobs)(model, BATCH))
     jax.effects_barrier()
     assert [h.shape for h in seen] == [(8, WIDTH)] * 6

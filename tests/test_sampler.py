@@ -7,11 +7,19 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from conftest import PROMPTS, adapted, merged, torch_logits, torch_model, with_random_b
+from conftest import (
+    PROMPTS,
+    adapted,
+    in_one_batch,
+    merged,
+    torch_logits,
+    torch_model,
+    with_random_b,
+)
 from peft import PeftModel
 
 import jgrpo
-from jgrpo.batch import Rows, micro_batches
+from jgrpo.batch import Rows
 from jgrpo.logprobs import token_logprobs
 from jgrpo.sampler import JaxSampler
 
@@ -48,9 +56,9 @@ def test_logprobs_equal_the_trainers(parts, sampler, temperature):
         [c.logprobs for _, c in pairs],
         np.ones(len(pairs), np.float32),
     )
-    (batch,) = micro_batches(rows, np.arange(12), micro_batch_size=12, max_model_len=96)
+    batch = in_one_batch(rows)
     trainer = jax.jit(partial(token_logprobs, temperature=temperature))
-    logprobs, _ = trainer(merged(*parts), batch.ids, batch.segments, batch.mask)
+    logprobs, _ = trainer(merged(*parts), batch)
     assert np.abs(logprobs - batch.sampler_logprobs).max() < 1e-4
     assert batch.sampler_logprobs[batch.mask > 0].max() < 0
 

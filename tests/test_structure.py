@@ -26,7 +26,7 @@ LAYERS = [
     {"sampler", "prm"},
     {"update", "session"},
     {"learner", "collect", "variants"},
-    {"compare", "report"},
+    {"compare", "report", "memory"},
     {"train", "evaluate", "serve", "tiny", "__init__"},
     {"sweep", "tiny_prm"},
     {"ablate"},

@@ -16,13 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from conftest import adapted, merged
+from conftest import adapted, in_one_batch, merged
 from flax import nnx
 
 import jgrpo
 from jgrpo.adapter import adapter_arrays
 from jgrpo.advantages import group_advantages, leave_one_out
-from jgrpo.batch import completion_mask, micro_batches
+from jgrpo.batch import completion_mask
 from jgrpo.config import Config
 from jgrpo.learner import Learner, loss_of
 from jgrpo.logprobs import token_logprobs
@@ -119,12 +119,9 @@ class Both:
 
     def jgrpo(self, config: Config):
         rows, loss = rows_of_lines(self.lines, config), loss_of(config)
-        [batch] = micro_batches(
-            rows, np.arange(len(self.lines)),
-            micro_batch_size=config.micro_batch_size, max_model_len=config.max_model_len,
-        )  # fmt: skip
+        batch = in_one_batch(rows)
         run = partial(self.compiled, config.temperature, batch)
-        zeros = jnp.zeros(batch.ids.shape), jnp.zeros(batch.ids.shape)
+        zeros = jnp.zeros(batch.mask.shape), jnp.zeros(batch.mask.shape)
         off = jax.tree.map(jnp.zeros_like, self.new)
         (new, entropies), _ = run(self.new, zeros)
         (old, _), _ = run(self.old, zeros)
@@ -149,10 +146,7 @@ class Both:
         def run(temperature, batch, adapter, cotangents):
             def values(adapter):
                 model = nnx.merge(self.graph, adapter, self.base)
-                return token_logprobs(
-                    model, batch.ids, batch.segments, batch.mask,
-                    temperature=temperature, entropy_gradient=True,
-                )  # fmt: skip
+                return token_logprobs(model, batch, temperature=temperature, entropy_gradient=True)
 
             out, pull = jax.vjp(values, adapter)
             return out, pull(cotangents)[0]

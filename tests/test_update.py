@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from conftest import adapted, merged, torch_model
+from conftest import adapted, in_one_batch, merged, torch_model
 from peft import PeftModel
 
 import jgrpo
@@ -52,11 +52,6 @@ def relative_error(got: dict, expected: dict) -> float:
     assert got.keys() == expected.keys()
     norm = np.linalg.norm
     return max(norm(got[k] - expected[k]) / norm(expected[k]) for k in expected)
-
-
-def one_batch(rows: Rows) -> MicroBatch:
-    (batch,) = batches_of(rows, np.arange(len(rows.completions)), 8)
-    return batch
 
 
 def batches_of(rows, index, micro_batch_size, max_model_len=16):
@@ -112,7 +107,7 @@ def test_gradient_equals_torch_and_peft(pair, rows, rank, temperature, checkpoin
     expected = torch_gradient(reference, rows, temperature)
     assert len(expected) == 3 * 7 * 2  # layers, projections, A and B
     got = our_gradient(
-        parts, [one_batch(rows)], 5, temperature=temperature, checkpoint=checkpoint_layers
+        parts, [in_one_batch(rows)], 5, temperature=temperature, checkpoint=checkpoint_layers
     )
     assert relative_error(got, expected) < 1e-4
 
@@ -125,10 +120,13 @@ MUTATIONS = {
     "mask one early": lambda b: b._replace(mask=np.roll(b.mask, -1, axis=1)),
     "mask one late": lambda b: b._replace(mask=np.roll(b.mask, 1, axis=1)),
     "end token dropped": lambda b: b._replace(mask=b.mask - last_trained(b.mask)),
-    "prompt trained": lambda b: b._replace(mask=b.segments.astype(np.float32)),
+    "completions one late": lambda b: b._replace(starts=b.starts + 1),
+    "prompt cut by one": lambda b: b._replace(prompt_lengths=b.prompt_lengths - 1),
+    "answers to the next prompt": lambda b: b._replace(row_prompts=(b.row_prompts + 1) % 3),
+    "one segment a row": lambda b: b._replace(segments=np.minimum(b.segments, 1)),
     "sign flipped": lambda b: b._replace(advantages=-b.advantages),
     "advantages of the next row": lambda b: b._replace(advantages=np.roll(b.advantages, 1)),
-    "padding is a segment's end": lambda b: b._replace(segments=np.roll(b.segments, 1, axis=1)),
+    "segments one late": lambda b: b._replace(segments=np.roll(b.segments, 1, axis=1)),
 }
 
 
@@ -136,14 +134,14 @@ MUTATIONS = {
 def test_the_comparison_would_see(pair, rows, name):
     # The same comparison as above, which passes at 1e-4, fails by far where the batch is wrong.
     parts, reference = pair(1)
-    mutated = MUTATIONS[name](one_batch(rows))
+    mutated = MUTATIONS[name](in_one_batch(rows))
     got = our_gradient(parts, [mutated], 5)
     assert relative_error(got, torch_gradient(reference, rows)) > 0.01
 
 
 def test_the_comparison_would_see_the_wrong_temperature(pair, rows):
     parts, reference = pair(1)
-    got = our_gradient(parts, [one_batch(rows)], 5)
+    got = our_gradient(parts, [in_one_batch(rows)], 5)
     assert relative_error(got, torch_gradient(reference, rows, temperature=0.7)) > 0.01
 
 
@@ -156,7 +154,8 @@ def test_three_updates_equal_torch_adam_with_clipped_gradients(pair, rows):
     optimizer = torch.optim.Adam(reference.values(), lr=LR, betas=(0.9, 0.999), eps=1e-8)
     norms = []
     for scale in (1.0, 30.0, 1e-3):  # below and above the norm at which clipping begins
-        batch = one_batch(rows)._replace(advantages=one_batch(rows).advantages * scale)
+        batch = in_one_batch(rows)
+        batch = batch._replace(advantages=batch.advantages * scale)
         gradient = adapter_arrays(update.gradient(adapter, base, [batch], 5.0))
         adapter, state, metrics, _ = update(adapter, state, base, [batch], 5.0)
         for k, weight in reference.items():
@@ -173,20 +172,33 @@ def test_three_updates_equal_torch_adam_with_clipped_gradients(pair, rows):
 # -- what must not matter -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", [1, 12])
 def test_micro_batches_change_nothing(pair, rows, size):
     parts, _ = pair(1)
     batches = batches_of(rows, np.arange(5), size)
-    assert len(batches) == {1: 5, 2: 3}[size]
-    in_one = our_gradient(parts, [one_batch(rows)], 5)
+    assert len(batches) == {1: 3, 12: 2}[size]
+    in_one = our_gradient(parts, [in_one_batch(rows)], 5)
     assert relative_error(our_gradient(parts, batches, 5), in_one) < ROUNDING
 
 
-def test_wider_buckets_and_rows_that_fill_up_change_nothing(pair, rows):
-    parts, batch = pair(1)[0], one_batch(rows)
+def test_what_fills_up_changes_nothing(pair, rows):
+    parts, batch = pair(1)[0], in_one_batch(rows)
     wide = [np.pad(x, ((0, 3), (0, 9)) if x.ndim == 2 else (0, 3)) for x in batch]
+    old_width = batch.rows.shape[1]
+    row, column = np.divmod(wide[5], old_width)
+    moved = MicroBatch(*wide)._replace(starts=row * (old_width + 9) + column)
     in_one = our_gradient(parts, [batch], 5)
-    assert relative_error(our_gradient(parts, [MicroBatch(*wide)], 5), in_one) < ROUNDING
+    assert relative_error(our_gradient(parts, [moved], 5), in_one) < ROUNDING
+
+
+def test_company_changes_nothing(pair, rows):
+    # Each completion alone, with its prompt, against all of them packed into shared rows.
+    parts, batch = pair(1)[0], in_one_batch(rows)
+    assert batch.segments.max() > 1
+    alone = [batches_of(rows, np.array([i]), 1)[0] for i in range(5)]
+    assert all(b.segments.max() == 1 for b in alone)
+    in_one = our_gradient(parts, [batch], 5)
+    assert relative_error(our_gradient(parts, alone, 5), in_one) < ROUNDING
 
 
 @pytest.mark.parametrize("token_level", [False, True])
@@ -218,7 +230,7 @@ def test_the_loss_of_the_update_is_the_mean_over_all_completions(pair, rows):
 
 def test_sampler_metrics_by_hand(pair, rows):
     # The sampler reports the trainer's own logprobs, but for one token, where it says 0.3 more.
-    batch = one_batch(rows)
+    batch = in_one_batch(rows)
     _, _, _, (ours,) = _update_once(pair(1)[0], batch)
     reported = np.array(ours)
     n, t = np.argwhere(batch.mask)[4]
@@ -238,7 +250,7 @@ def _update_once(parts, batch):
 def test_a_second_update_takes_the_first_ones_logprobs_as_old(pair, rows):
     # After a step the policy has moved: ratios are no longer 1, some beyond 1 +- 0.01.
     update, adapter, state, base = start(pair(1)[0], clip_eps=0.01, beta=0.1)
-    batch = one_batch(rows)
+    batch = in_one_batch(rows)
     adapter, state, first, old = update(adapter, state, base, [batch], 5.0)
     adapter, state, second, new = update(adapter, state, base, [batch], 5.0, old)
     assert (first["train/clip_fraction"], first["train/approx_kl"]) == (0, 0)
@@ -261,7 +273,7 @@ def test_a_second_step_compiles_nothing(pair, rows):
 def test_a_population_of_adapters_can_be_trained_over_one_base(pair, rows):
     """A leading axis on the adapter, by vmap alone: what `update` promises not to forbid."""
     graph, adapter, base = pair(1)[0]
-    update, batch = compiled(graph), one_batch(rows)
+    update, batch = compiled(graph), in_one_batch(rows)
 
     def gradient(adapter):
         return update._micro_step(update._zeros(adapter), adapter, base, batch, None, None)[

@@ -82,13 +82,13 @@ def write_problems(root: Path, answer: str | None = None) -> None:
 def tiny_config(root: Path, **changes: Any) -> Config:
     """A config for the base and the problems in `root`, sampled in this process.
 
-    Prompts have 18 tokens, so that all micro-batches are 24 wide: few shapes, few compilations.
+    Prompts have 18 tokens and completions 6, so that there are few shapes, and few compilations.
     """
     options: dict[str, Any] = {
         "model_id": str(root / "base"), "dtype": "float32", "rollout": "jax",
         "dataset_path": str(root / "train.jsonl"), "eval_dataset_path": str(root / "eval.jsonl"),
         "prompt_template": str(root / "plain.prompt"), "max_prompt_tokens": 18, "max_tokens": 6,
-        "n_grpo_steps": 4, "n_prompts_per_step": 4, "group_size": 8, "micro_batch_size": 2,
+        "n_grpo_steps": 4, "n_prompts_per_step": 4, "group_size": 8, "micro_batch_size": 8,
         "gradient_checkpointing": False, "lr": 2e-3, "eval_every": 2, "n_eval_prompts": N_EVAL,
         "checkpoint_every": 2, "grader_workers": 1, "grader_timeout_s": 20.0,
         "base_dir": str(root / "runs"),
