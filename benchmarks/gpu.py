@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
@@ -52,6 +53,8 @@ class Args:
     micro_batch_sizes: tuple[int, ...] = (2, 4, 8)
     """Each is measured; the fastest counts."""
     gradient_checkpointing: tuple[bool, ...] = (False, True)
+    """Likewise."""
+    attn_implementation: tuple[Literal["cudnn", "xla"], ...] = ("cudnn", "xla")
     """Likewise."""
     repeats: int = 3
     profile: Path | None = None
@@ -117,6 +120,7 @@ def measure(args: Args, config: Config, hf: dict[str, Any], rows: Rows) -> dict[
     return {
         "micro_batch_size": config.micro_batch_size,
         "gradient_checkpointing": config.gradient_checkpointing,
+        "attn_implementation": config.attn_implementation,
         "seconds": seconds[1:], "first_s": seconds[0],
         "useful_flops_per_s": flops / median(seconds[1:]),
         "peak_bytes": stats.get("peak_bytes_in_use"),
@@ -133,6 +137,7 @@ def work(args: Args) -> None:
         config_of(speed, shape, Path("none")),
         micro_batch_size=args.micro_batch_sizes[0],
         gradient_checkpointing=args.gradient_checkpointing[0],
+        attn_implementation=args.attn_implementation[0],
     )
     assert shape.model is not None
     rows = rows_of_lines(make_lines(speed, config, shape.model["vocab_size"]), config)
@@ -151,21 +156,30 @@ def run(args: Args) -> None:
     peak = peak_flops(jnp.dtype(SHAPES[args.shape].dtype))
     print(f"matmul peak: {peak / 1e12:.0f} TFLOP/s on {jax.devices()[0].device_kind}", flush=True)
     found = []
-    for size in args.micro_batch_sizes:
-        for checkpointing in args.gradient_checkpointing:
-            flag = "" if checkpointing else "no_"
-            command = [sys.executable, __file__, "work", "--shape", args.shape,
-                       "--repeats", str(args.repeats), "--micro_batch_sizes", str(size),
-                       "--gradient_checkpointing", str(checkpointing)]  # fmt: skip
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-            if done.returncode:
-                print(f"micro_batch_size {size}, {flag}checkpointing: failed (memory?)")
-                continue
-            row = json.loads(done.stdout.splitlines()[-1])
-            found.append(row | {"share_of_peak": row["useful_flops_per_s"] / peak})
-            print(f"micro_batch_size {size}, {flag}checkpointing: {median(row['seconds']):.2f} s, "
-                  f"{found[-1]['share_of_peak']:.1%} of the peak, "
-                  f"{(row['peak_bytes'] or 0) / 2**30:.1f} GiB", flush=True)  # fmt: skip
+    settings = product(
+        args.attn_implementation, args.micro_batch_sizes, args.gradient_checkpointing
+    )
+    for attention, size, checkpointing in settings:
+        name = f"{attention}, micro_batch_size {size}, checkpointing {checkpointing}"
+        command = [sys.executable, __file__, "work", "--shape", args.shape,
+                   "--repeats", str(args.repeats), "--micro_batch_sizes", str(size),
+                   "--gradient_checkpointing", str(checkpointing),
+                   "--attn_implementation", attention]  # fmt: skip
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            print(f"{name}: failed (memory?)", flush=True)
+            continue
+        row = json.loads(done.stdout.splitlines()[-1])
+        found.append(row | {"share_of_peak": row["useful_flops_per_s"] / peak})
+        print(f"{name}: {median(row['seconds']):.2f} s, {found[-1]['share_of_peak']:.1%} of the "
+              f"peak, {(row['peak_bytes'] or 0) / 2**30:.1f} GiB", flush=True)  # fmt: skip
+    if args.profile is not None and found:
+        best = max(found, key=lambda row: row["share_of_peak"])
+        command += ["--profile", str(args.profile)]
+        for flag in ("micro_batch_size", "gradient_checkpointing", "attn_implementation"):
+            plural = "s" if flag == "micro_batch_size" else ""
+            command += [f"--{flag}{plural}", str(best[flag])]
+        subprocess.run(command, stdout=subprocess.PIPE)
     if args.against_torch:
         command = [sys.executable, str(Path(__file__).with_name("speed.py")), "--shape", args.shape,
                    "--lengths", "realistic", "--repeats", str(args.repeats)]  # fmt: skip

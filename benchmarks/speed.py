@@ -118,7 +118,7 @@ class Args:
 
 def config_of(args: Args, shape: Shape, model: Path) -> Config:
     """As a user would have it: configs/tiny.py, or the defaults with this model and these sizes."""
-    base = load_config(ROOT / "configs" / ("tiny.py" if shape.model is None else "rank1.py"))
+    base = load_config(ROOT / "configs" / "tiny.py") if shape.model is None else Config()
     changes: dict[str, Any] = {
         "model_id": base.model_id if shape.model is None else str(model),
         "dtype": shape.dtype,

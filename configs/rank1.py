@@ -2,4 +2,4 @@
 
 from jgrpo.config import Config
 
-config = Config()
+config = Config(gradient_checkpointing=True)  # one card for this model and vLLM

@@ -18,7 +18,6 @@ config = Config(
     n_grpo_steps=40,
     n_prompts_per_step=16,
     group_size=8,
-    gradient_checkpointing=False,
     max_prompt_tokens=64,
     max_tokens=64,
     expected_maximum_length=48,  # of the length penalty, where it is asked for

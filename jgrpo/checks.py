@@ -60,6 +60,8 @@ def _wrong_values(c: Any) -> Iterator[str]:
         yield f"warmup_steps={c.warmup_steps}: must be below the {c.n_updates} updates of the run"
     if c.reward_function and not all(c.reward_function.rpartition(":")[::2]):
         yield f"reward_function={c.reward_function!r}: must be file.py:function or module:function"
+    if c.attn_implementation == "cudnn" and c.dtype != "bfloat16":
+        yield f"attn_implementation=cudnn: needs dtype=bfloat16, not {c.dtype}"
     yield from _without_meaning(c)
     if c.overlong_cache > c.expected_maximum_length:
         yield (

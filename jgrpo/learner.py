@@ -80,6 +80,7 @@ class Learner:
             temperature=config.temperature,
             checkpoint=config.gradient_checkpointing,
             entropy_gradient=config.entropy_coef > 0,
+            attn_implementation=config.attn_implementation,
         )
         self.state = adapter, optimizer.init(adapter)
 

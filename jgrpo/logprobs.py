@@ -27,6 +27,7 @@ def token_logprobs(
     temperature: float = 1.0,
     checkpoint: bool = False,
     entropy_gradient: bool = False,
+    attn_implementation: str = "xla",
 ) -> tuple[jax.Array, jax.Array]:
     """logprobs and entropies of a micro-batch's completions, float32 [N, U], 0 where its mask is 0.
 
@@ -35,7 +36,8 @@ def token_logprobs(
     nats (without a gradient, unless `entropy_gradient`). The gradient is that of the hidden states;
     the head is frozen.
     """
-    before = _hidden_before(model, batch, checkpoint)
+    attend = _shared_prompts(batch, attn_implementation)
+    before = _hidden_before(model, batch, attend, checkpoint)
     packed = _chunked(
         _head(model, temperature), before, batch.rows.reshape(-1), batch.segments.reshape(-1) > 0,
         chunk=_chunk_rows(model.config.vocab_size), entropy_gradient=entropy_gradient,
@@ -46,16 +48,16 @@ def token_logprobs(
     return logprobs, entropies
 
 
-def _hidden_before(model: Decoder, batch: MicroBatch, checkpoint: bool) -> jax.Array:
+def _hidden_before(
+    model: Decoder, batch: MicroBatch, attend: Attend, checkpoint: bool
+) -> jax.Array:
     """Final hidden state of the token before each one of the rows [R U, D]."""
     (p, s), (r, u) = batch.prompts.shape, batch.rows.shape
     lengths = jnp.asarray(batch.prompt_lengths)
     ids = jnp.concatenate([batch.prompts.reshape(-1), batch.rows.reshape(-1)])
     in_rows = lengths[batch.row_prompts][:, None] + positions_in(jnp.asarray(batch.segments))
     positions = jnp.concatenate([jnp.tile(jnp.arange(s), p), in_rows.reshape(-1)])
-    hidden, _ = model.model(
-        ids[None], positions[None], _shared_prompts(batch), checkpoint=checkpoint
-    )
+    hidden, _ = model.model(ids[None], positions[None], attend, checkpoint=checkpoint)
     of_prompts, of_rows = _split(hidden, batch)
     last = jnp.take_along_axis(of_prompts, (lengths - 1)[:, None, None], axis=1)
     first = jnp.diff(batch.segments, axis=1, prepend=0) != 0
@@ -72,7 +74,7 @@ def _split(x: jax.Array, batch: MicroBatch) -> tuple[jax.Array, jax.Array]:
     return of_prompts, of_rows
 
 
-def _shared_prompts(batch: MicroBatch) -> Attend:
+def _shared_prompts(batch: MicroBatch, implementation: str) -> Attend:
     """A prompt's tokens see each other, a completion's the prompt and each other; all causally."""
     (_, s), (r, u) = batch.prompts.shape, batch.rows.shape
     among_prompts = jnp.tril(jnp.ones((1, s, s), bool))  # padding comes last, and is not seen
@@ -86,8 +88,8 @@ def _shared_prompts(batch: MicroBatch) -> Attend:
         )
         k_rows = jnp.concatenate([k_prompts[batch.row_prompts], k_rows], axis=1)
         v_rows = jnp.concatenate([v_prompts[batch.row_prompts], v_rows], axis=1)
-        of_prompts = attention(q_prompts, k_prompts, v_prompts, among_prompts)
-        of_rows = attention(q_rows, k_rows, v_rows, among_rows)
+        of_prompts = attention(q_prompts, k_prompts, v_prompts, among_prompts, implementation)
+        of_rows = attention(q_rows, k_rows, v_rows, among_rows, implementation)
         flat = [x.reshape(-1, *q.shape[2:]) for x in (of_prompts, of_rows)]
         return jnp.concatenate(flat)[None], None
 

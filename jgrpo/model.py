@@ -107,8 +107,15 @@ def causal_mask(segments: jax.Array) -> jax.Array:
     return (segments[:, :, None] == segments[:, None, :]) & causal
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """Grouped-query attention: q [N, T, H, C], k and v [N, S, K, C], mask [N, T, S]."""
+def attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, implementation: str = "xla"
+) -> jax.Array:
+    """Grouped-query attention: q [N, T, H, C], k and v [N, S, K, C], mask [N, T, S].
+
+    `implementation` "cudnn" is flash attention (Dao et al. 2022): on a GPU, in 16 bits.
+    """
+    if implementation == "cudnn":
+        return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation="cudnn")
     n, t, h, c = q.shape
     q = q.reshape(n, t, k.shape[2], -1, c)
     scores = jnp.einsum("ntkgc,nskc->nkgts", q, k, preferred_element_type=jnp.float32)

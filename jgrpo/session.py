@@ -20,7 +20,7 @@ from jgrpo import adapter as adapters
 from jgrpo.adapter import AdapterConfig
 from jgrpo.batch import Rows, micro_batches
 from jgrpo.config import Config
-from jgrpo.errors import RunError
+from jgrpo.errors import InputError, RunError
 from jgrpo.grader import Grader, Grades
 from jgrpo.logprobs import token_logprobs
 from jgrpo.lora import fresh_adapter, split
@@ -99,6 +99,8 @@ def open_problems(config: Config) -> Problems:
 
 def open_policy(config: Config, *, abstract: bool = False) -> Policy:
     """The base model with a fresh adapter; `abstract`: shapes alone, for who only needs those."""
+    if config.attn_implementation == "cudnn" and (found := jax.default_backend()) != "gpu":
+        raise InputError(f"attn_implementation=cudnn needs a GPU, JAX has {found}; take xla")
     folder = model_folder(config.model_id)
     shape: dict[str, Any] = {
         "dtype": config.dtype,

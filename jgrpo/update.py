@@ -74,12 +74,14 @@ class Update:
         temperature: float = 1.0,
         checkpoint: bool = False,
         entropy_gradient: bool = False,
+        attn_implementation: str = "xla",
     ):
         self.graph, self.loss, self.optimizer = graph, loss, optimizer
         self.options: dict[str, Any] = {
             "temperature": temperature,
             "checkpoint": checkpoint,
             "entropy_gradient": entropy_gradient,
+            "attn_implementation": attn_implementation,
         }
         self._accumulate = jax.jit(self._micro_step, donate_argnums=0)
         self._forward = jax.jit(lambda *args: self._token_logprobs(*args)[0])

@@ -37,7 +37,7 @@ BAD = [
     ("max_tokens", 0), ("max_prompt_tokens", 0), ("temperature", 0.0), ("temperature", -1.0),
     ("n_eval_prompts", 0), ("grader_timeout_s", 0.0), ("grader_workers", 0),
     ("vllm_timeout_s", -5.0), ("max_logprob_diff", 0.0),
-    ("dtype", "float16"), ("rollout", "sglang"), ("model_id", 7), ("run_dir", None),
+    ("attn_implementation", "flash"), ("dtype", "float16"), ("rollout", "sglang"), ("model_id", 7), ("run_dir", None),
     ("vllm_url", "localhost:8000"), ("vllm_url", "http://a:1, b:2"), ("vllm_url", ""),
     ("lora_target_modules", ()), ("lora_target_modules", ("q_proj", "q_proj")),
     ("lora_target_modules", ("lm_head",)), ("lora_target_modules", "q_proj"),
@@ -95,6 +95,12 @@ def test_defaults_are_the_study_s():
     }  # fmt: skip
     assert config.n_completions_per_step == 256  # 32 x 8
     assert (config.updates_per_rollout, config.n_updates) == (1, 50)
+
+
+def test_flash_attention_wants_16_bits():
+    Config(attn_implementation="cudnn", dtype="bfloat16")
+    with pytest.raises(InputError, match="attn_implementation=cudnn: needs dtype=bfloat16"):
+        Config(attn_implementation="cudnn", dtype="float32")
 
 
 def test_updates_are_counted_over_epochs_and_their_parts():

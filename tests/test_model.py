@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, GPT2Config, MistralConfig
 import jgrpo
 from jgrpo.errors import InputError
 from jgrpo.lora import split
-from jgrpo.model import Decoder, ModelConfig, positions_in
+from jgrpo.model import Decoder, ModelConfig, attention, causal_mask, positions_in
 from jgrpo.sampler import JaxSampler
 from jgrpo.weights import load_model
 
@@ -200,3 +200,28 @@ def test_positions_restart_in_each_segment():
     segments = jnp.array([[1, 1, 1, 2, 2, 0, 0], [1, 2, 3, 3, 3, 3, 0]])
     expected = [[0, 1, 2, 0, 1, 0, 1], [0, 0, 0, 1, 2, 3, 0]]
     np.testing.assert_array_equal(positions_in(segments), expected)
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="flash attention needs a GPU")
+def test_flash_attention_equals_the_plain_one():
+    """Values and gradients in bfloat16, grouped heads, two segments a row and padding."""
+    rng = np.random.default_rng(0)
+    shapes = ((2, 256, 8, 64), (2, 256, 2, 64), (2, 256, 2, 64), (2, 256, 8, 64))
+    q, k, v, weights = (jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in shapes)
+    segments = np.zeros((2, 256), np.int32)
+    segments[:, :100], segments[:, 100:230] = 1, 2
+    mask = causal_mask(jnp.asarray(segments))
+
+    def values(q, k, v, implementation):
+        out = attention(q, k, v, mask, implementation)
+        return (out * weights)[:, :230].astype(jnp.float32).sum(), out[:, :230]
+
+    found = [
+        jax.jit(jax.value_and_grad(values, (0, 1, 2), has_aux=True), static_argnums=3)(
+            q, k, v, name
+        )
+        for name in ("xla", "cudnn")
+    ]
+    for plain, flash in zip(*map(jax.tree.leaves, found), strict=True):
+        error = jnp.linalg.norm((plain - flash).astype(jnp.float32).ravel())
+        assert error < 0.02 * jnp.linalg.norm(plain.astype(jnp.float32).ravel())

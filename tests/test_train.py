@@ -301,6 +301,7 @@ def test_ctrl_c_ends_with_130_and_the_command_that_goes_on(root, tmp_path):
         ({"eval_dataset_path": "nothing.jsonl"}, "nothing.jsonl"),
         ({"prompt_template": "nothing.prompt"}, "nothing.prompt"),
         ({"max_prompt_tokens": 17}, "no training problem is left"),
+        ({"attn_implementation": "cudnn", "dtype": "bfloat16"}, "cudnn needs a GPU, JAX has cpu"),
     ],
 )
 def test_bad_input_is_refused_before_there_is_a_run_folder(
