@@ -150,6 +150,16 @@ def work(args: Args) -> None:
     print(json.dumps(found))
 
 
+def setting(args: Args, attention: str, size: int, checkpointing: bool) -> list[str]:
+    """The command of a process that measures one setting."""
+    values = {
+        "shape": args.shape, "repeats": args.repeats, "attn_implementation": attention,
+        "micro_batch_sizes": size, "gradient_checkpointing": checkpointing,
+    }  # fmt: skip
+    words = [str(word) for name, value in values.items() for word in (f"--{name}", value)]
+    return [sys.executable, __file__, "work", *words]
+
+
 def run(args: Args) -> None:
     if jax.default_backend() != "gpu":
         raise InputError(f"JAX sees {jax.default_backend()} devices alone; this needs a GPU")
@@ -161,10 +171,7 @@ def run(args: Args) -> None:
     )
     for attention, size, checkpointing in settings:
         name = f"{attention}, micro_batch_size {size}, checkpointing {checkpointing}"
-        command = [sys.executable, __file__, "work", "--shape", args.shape,
-                   "--repeats", str(args.repeats), "--micro_batch_sizes", str(size),
-                   "--gradient_checkpointing", str(checkpointing),
-                   "--attn_implementation", attention]  # fmt: skip
+        command = setting(args, attention, size, checkpointing)
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         if done.returncode:
             print(f"{name}: failed (memory?)", flush=True)
@@ -175,11 +182,9 @@ def run(args: Args) -> None:
               f"peak, {(row['peak_bytes'] or 0) / 2**30:.1f} GiB", flush=True)  # fmt: skip
     if args.profile is not None and found:
         best = max(found, key=lambda row: row["share_of_peak"])
-        command += ["--profile", str(args.profile)]
-        for flag in ("micro_batch_size", "gradient_checkpointing", "attn_implementation"):
-            plural = "s" if flag == "micro_batch_size" else ""
-            command += [f"--{flag}{plural}", str(best[flag])]
-        subprocess.run(command, stdout=subprocess.PIPE)
+        wanted = ("attn_implementation", "micro_batch_size", "gradient_checkpointing")
+        command = setting(args, *(best[name] for name in wanted))
+        subprocess.run([*command, "--profile", str(args.profile)], stdout=subprocess.PIPE)
     if args.against_torch:
         command = [sys.executable, str(Path(__file__).with_name("speed.py")), "--shape", args.shape,
                    "--lengths", "realistic", "--repeats", str(args.repeats)]  # fmt: skip

@@ -26,10 +26,10 @@ class Trl:
 
     def __init__(self, config: Config, model: PeftModel, micro_batch_size: int):
         self.config, self.micro_batch_size = config, micro_batch_size
-        folder = tempfile.mkdtemp()
+        self.folder = tempfile.TemporaryDirectory()  # the trainer wants one; it goes with this
         n = config.n_prompts_per_step * config.group_size
         arguments = GRPOConfig(
-            folder,
+            self.folder.name,
             per_device_train_batch_size=micro_batch_size,
             gradient_accumulation_steps=n // micro_batch_size,
             num_generations=config.group_size,
