@@ -1,21 +1,25 @@
 """Ragged token lists -> micro-batches of a few fixed shapes, which compute nothing twice.
 
 A prompt is there once for all its completions in a micro-batch. These are packed, several short
-ones to a row, into rows that belong to one prompt each; how many rows there are for a prompt is
-chosen to waste the least.
+ones to a row, into rows that belong to one prompt each. Prompts and rows are padded, but only
+attention sees them so: the rest of the model computes their tokens one after another. How many
+prompts and rows there are is chosen to waste the least.
 
-Axes: P prompts of S tokens; R rows of U tokens, packed with completions; N completions of at most U
-tokens, as the loss sees them.
+Axes: P prompts of S tokens; R rows of U tokens, packed with completions; M tokens that are computed
+of the P S + R U slots; N completions of at most U tokens, as the loss sees them.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, product
 from typing import NamedTuple
 
 import numpy as np
 
 SMALLEST_BUCKET, SMALLEST_PROMPT, SMALLEST_ROW = 16, 32, 64
+SLOT_COST, BATCH_COST = 0.15, 32
+"""What a slot costs (attention alone), and what a micro-batch costs beside its tokens (the weights
+are read), in tokens."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,9 @@ class MicroBatch(NamedTuple):
     """int32 [R, U]: 1 on a row's first completion, 2 on its second, ...; 0 on padding"""
     row_prompts: np.ndarray
     """int32 [R]: which prompt a row's completions answer"""
+    places: np.ndarray
+    """int32 [M]: the slot of each token that is computed, among those of the prompts and then the
+    rows, flattened; P S + R U where it only fills up"""
     starts: np.ndarray
     """int32 [N]: where in the flattened rows a completion begins"""
     mask: np.ndarray
@@ -57,7 +64,7 @@ class MicroBatch(NamedTuple):
     @property
     def n_tokens(self) -> int:
         """Tokens computed, with those that only fill up."""
-        return self.prompts.size + self.rows.size
+        return self.places.size
 
 
 Packed = list[list[int]]
@@ -73,10 +80,16 @@ class Shape:
     r: int
     u: int
     g: int
+    m: int
 
     @property
-    def n_tokens(self) -> int:
+    def n_slots(self) -> int:
         return self.p * self.s + self.r * self.u
+
+    @property
+    def cost(self) -> float:
+        """In tokens."""
+        return self.m + SLOT_COST * self.n_slots + BATCH_COST
 
 
 def bucket(n: int) -> int:
@@ -109,8 +122,8 @@ def micro_batches(
 
     Each has at most as many tokens as micro_batch_size rows of the longest bucket, but at least one
     row. Shapes are few, since each is a compilation: widths are buckets of the longest prompt and
-    completion (and not too small: rows are shared), and a prompt has 1, 2, 4, ... rows on average,
-    whichever computes the fewest tokens.
+    completion (and not too small: rows are shared), and there are a few to choose from for each
+    pair of widths, by what they compute.
     """
     if not len(index):
         return []
@@ -119,14 +132,36 @@ def micro_batches(
     u = bucket(max(SMALLEST_ROW, *(len(rows.completions[i]) for i in index)))
     most = max(len(list(g)) for _, g in groupby(map(tuple, rows.prompts)))
     packed = [_pack(rows, group, u) for group in groups]
-    tokens = micro_batch_size * bucket(max_model_len)
+    limit = micro_batch_size * bucket(max_model_len)
+    step = limit // 8  # a bucket is divisible by 8
     plans = []
-    for ratio in (2**i for i in range(most.bit_length())):
-        p = max(1, tokens // (s + ratio * u))
-        shape = Shape(p, s, min(ratio * p, max(1, (tokens - p * s) // u)), u, most)
-        plans.append((shape, _fill_up(packed, shape)))
-    shape, batches = min(plans, key=lambda plan: (len(plan[1]) * plan[0].n_tokens, len(plan[1])))
+    for tokens, slots_a_token, rows_a_prompt in product(
+        range(4 * step, limit + 1, step), (1, 1.5), (2**i for i in range(most.bit_length()))
+    ):
+        slots = tokens * slots_a_token
+        p = max(1, int(slots / (s + rows_a_prompt * u)))
+        r = min(rows_a_prompt * p, max(1, int((slots - p * s) / u)))
+        batches = _fill_up(rows, packed, Shape(p, s, r, u, most, tokens))
+        m = max(_n_tokens(rows, parts) for parts in batches)
+        m = -(-m // step) * step
+        plans.append((Shape(p, s, r, u, most, min(m, p * s + r * u)), batches))
+    shape, batches = min(plans, key=lambda plan: len(plan[1]) * plan[0].cost)
     return [_fill(rows, shape, parts) for parts in batches]
+
+
+def _row_tokens(rows: Rows, row: Sequence[int]) -> int:
+    return sum(len(rows.completions[i]) for i in row)
+
+
+def _prompt(rows: Rows, packed: Packed) -> Sequence[int]:
+    return rows.prompts[packed[0][0]]
+
+
+def _n_tokens(rows: Rows, parts: Sequence[Packed]) -> int:
+    return sum(
+        len(_prompt(rows, packed)) + sum(_row_tokens(rows, row) for row in packed)
+        for packed in parts
+    )
 
 
 def _pack(rows: Rows, group: Sequence[int], width: int) -> Packed:
@@ -144,18 +179,27 @@ def _pack(rows: Rows, group: Sequence[int], width: int) -> Packed:
     return packed
 
 
-def _fill_up(packed: Sequence[Packed], shape: Shape) -> list[list[Packed]]:
-    """What goes into each micro-batch, one after another; a prompt's rows are cut where one is
-    full."""
+def _fill_up(rows: Rows, packed: Sequence[Packed], shape: Shape) -> list[list[Packed]]:
+    """What goes into each micro-batch, one after another; where one is full, a prompt's rows are
+    cut, and the prompt comes again in the next."""
     batches: list[list[Packed]] = []
-    free = 0
-    for left in packed:
-        while left:
-            if not free or len(batches[-1]) == shape.p:
+    free_prompts = free_rows = free_tokens = 0
+    for group in packed:
+        there = False  # the prompt, in the last micro-batch
+        for row in group:
+            n, prompt = _row_tokens(rows, row), len(_prompt(rows, group))
+            fits = free_rows and (
+                free_tokens >= n if there else free_prompts and free_tokens >= n + prompt
+            )
+            if not fits:
                 batches.append([])
-                free = shape.r
-            batches[-1].append(left[:free])
-            left, free = left[free:], free - len(left[:free])
+                free_prompts, free_rows, free_tokens = shape.p, shape.r, shape.m
+                there = False
+            if not there:
+                batches[-1].append([])
+                free_prompts, free_tokens, there = free_prompts - 1, free_tokens - prompt, True
+            batches[-1][-1].append(row)
+            free_rows, free_tokens = free_rows - 1, free_tokens - n
     return batches
 
 
@@ -167,6 +211,7 @@ def _fill(rows: Rows, shape: Shape, parts: Sequence[Packed]) -> MicroBatch:
         rows=np.zeros((shape.r, shape.u), np.int32),
         segments=np.zeros((shape.r, shape.u), np.int32),
         row_prompts=np.zeros(shape.r, np.int32),
+        places=np.arange(shape.m, dtype=np.int32),
         starts=np.zeros(n, np.int32),
         mask=np.zeros((n, shape.u), np.float32),
         sampler_logprobs=np.zeros((n, shape.u), np.float32),
@@ -174,7 +219,7 @@ def _fill(rows: Rows, shape: Shape, parts: Sequence[Packed]) -> MicroBatch:
     )
     row = slot = 0
     for p, packed in enumerate(parts):
-        prompt = rows.prompts[packed[0][0]]
+        prompt = _prompt(rows, packed)
         batch.prompts[p, : len(prompt)], batch.prompt_lengths[p] = prompt, len(prompt)
         for members in packed:
             batch.row_prompts[row] = p
@@ -189,4 +234,10 @@ def _fill(rows: Rows, shape: Shape, parts: Sequence[Packed]) -> MicroBatch:
                 batch.advantages[slot] = rows.advantages[i]
                 slot, start = slot + 1, end
             row += 1
+    if shape.m < shape.n_slots:  # else all slots are computed, used or not
+        in_prompts = np.arange(shape.s) < batch.prompt_lengths[:, None]
+        in_prompts[len(parts) :] = False
+        used = np.flatnonzero(np.concatenate([in_prompts.ravel(), batch.segments.ravel()]))
+        batch.places[:] = shape.n_slots
+        batch.places[: len(used)] = used
     return batch

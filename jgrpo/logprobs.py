@@ -5,7 +5,8 @@ A prompt runs through the model once, and all its completions look back at it. T
 runs over chunks of the completions' tokens, so that no [N, T, V] array ever exists; prompt and
 padding tokens do not reach it (but for those that fill up the last chunk).
 
-Axes as in `batch`: P prompts of S tokens, R rows of U tokens, N completions; M = P S + R U.
+Axes as in `batch`: P prompts of S tokens, R rows of U tokens, M tokens that are computed of these
+slots, N completions.
 """
 
 from functools import partial
@@ -36,8 +37,9 @@ def token_logprobs(
     nats (without a gradient, unless `entropy_gradient`). The gradient is that of the hidden states;
     the head is frozen.
     """
-    attend = _shared_prompts(batch, attn_implementation)
-    before = _hidden_before(model, batch, attend, checkpoint)
+    tokens = _token_in_slot(batch)
+    attend = _shared_prompts(batch, tokens, attn_implementation)
+    before = _hidden_before(model, batch, tokens, attend, checkpoint)
     packed = _chunked(
         _head(model, temperature), before, batch.rows.reshape(-1), batch.segments.reshape(-1) > 0,
         chunk=_chunk_rows(model.config.vocab_size), entropy_gradient=entropy_gradient,
@@ -49,7 +51,7 @@ def token_logprobs(
 
 
 def _hidden_before(
-    model: Decoder, batch: MicroBatch, attend: Attend, checkpoint: bool
+    model: Decoder, batch: MicroBatch, tokens: jax.Array, attend: Attend, checkpoint: bool
 ) -> jax.Array:
     """Final hidden state of the token before each one of the rows [R U, D]."""
     (p, s), (r, u) = batch.prompts.shape, batch.rows.shape
@@ -57,24 +59,55 @@ def _hidden_before(
     ids = jnp.concatenate([batch.prompts.reshape(-1), batch.rows.reshape(-1)])
     in_rows = lengths[batch.row_prompts][:, None] + positions_in(jnp.asarray(batch.segments))
     positions = jnp.concatenate([jnp.tile(jnp.arange(s), p), in_rows.reshape(-1)])
-    hidden, _ = model.model(ids[None], positions[None], attend, checkpoint=checkpoint)
-    of_prompts, of_rows = _split(hidden, batch)
+    ids, positions = (
+        x.at[batch.places].get(mode="fill", fill_value=0)[None] for x in (ids, positions)
+    )
+    hidden, _ = model.model(ids, positions, attend, checkpoint=checkpoint)
+    of_prompts, of_rows = _in_slots(hidden, batch, tokens)
     last = jnp.take_along_axis(of_prompts, (lengths - 1)[:, None, None], axis=1)
     first = jnp.diff(batch.segments, axis=1, prepend=0) != 0
     before = jnp.where(first[..., None], last[batch.row_prompts], jnp.roll(of_rows, 1, axis=1))
     return before.reshape(r * u, -1)
 
 
-def _split(x: jax.Array, batch: MicroBatch) -> tuple[jax.Array, jax.Array]:
-    """x [1, M, ...] -> what is of the prompts [P, S, ...], and of the rows [R, U, ...]."""
-    n = batch.prompts.size
+def _token_in_slot(batch: MicroBatch) -> jax.Array:
+    """int32 [P S + R U]: which of the computed tokens is in each slot, M where none is."""
+    m, n_slots = len(batch.places), batch.prompts.size + batch.rows.size
+    return jnp.full(n_slots, m).at[batch.places].set(jnp.arange(m), mode="drop")
+
+
+def _in_slots(x: jax.Array, batch: MicroBatch, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """x [1, M, ...] of the computed tokens -> prompts [P, S, ...] and rows [R, U, ...]."""
+    flat, n = _moved(x[0], tokens, jnp.asarray(batch.places)), batch.prompts.size
+    parts = flat[:n], flat[n:]
     shapes = batch.prompts.shape, batch.rows.shape
-    parts = x[0, :n], x[0, n:]
     of_prompts, of_rows = (y.reshape(*k, *x.shape[2:]) for y, k in zip(parts, shapes, strict=True))
     return of_prompts, of_rows
 
 
-def _shared_prompts(batch: MicroBatch, implementation: str) -> Attend:
+def _from_slots(of_prompts, of_rows, batch: MicroBatch, tokens: jax.Array) -> jax.Array:
+    """The way back: [P, S, ...] and [R, U, ...] -> [1, M, ...]."""
+    flat = jnp.concatenate([x.reshape(-1, *x.shape[2:]) for x in (of_prompts, of_rows)])
+    return _moved(flat, jnp.asarray(batch.places), tokens)[None]
+
+
+def _moved(x: jax.Array, source: jax.Array, target: jax.Array) -> jax.Array:
+    """x[source], 0 where that is out of bounds; x[i] goes to target[i]."""
+    return x if len(source) == len(x) else _move(x, source, target)  # all slots: in their places
+
+
+@jax.custom_vjp
+def _move(x, source, target):
+    return x.at[source].get(mode="fill", fill_value=0)
+
+
+_move.defvjp(  # the same way back; JAX's own gradient would add up row by row
+    lambda x, source, target: (_move(x, source, target), (source, target)),
+    lambda moves, dy: (_move(dy, *reversed(moves)), None, None),
+)
+
+
+def _shared_prompts(batch: MicroBatch, tokens: jax.Array, implementation: str) -> Attend:
     """A prompt's tokens see each other, a completion's the prompt and each other; all causally."""
     (_, s), (r, u) = batch.prompts.shape, batch.rows.shape
     among_prompts = jnp.tril(jnp.ones((1, s, s), bool))  # padding comes last, and is not seen
@@ -84,14 +117,13 @@ def _shared_prompts(batch: MicroBatch, implementation: str) -> Attend:
 
     def attend(q, k, v, _):
         (q_prompts, q_rows), (k_prompts, k_rows), (v_prompts, v_rows) = (
-            _split(x, batch) for x in (q, k, v)
+            _in_slots(x, batch, tokens) for x in (q, k, v)
         )
         k_rows = jnp.concatenate([k_prompts[batch.row_prompts], k_rows], axis=1)
         v_rows = jnp.concatenate([v_prompts[batch.row_prompts], v_rows], axis=1)
         of_prompts = attention(q_prompts, k_prompts, v_prompts, among_prompts, implementation)
         of_rows = attention(q_rows, k_rows, v_rows, among_rows, implementation)
-        flat = [x.reshape(-1, *q.shape[2:]) for x in (of_prompts, of_rows)]
-        return jnp.concatenate(flat)[None], None
+        return _from_slots(of_prompts, of_rows, batch, tokens), None
 
     return attend
 

@@ -165,7 +165,9 @@ def in_one_batch(rows: Rows) -> MicroBatch:
     width = bucket(max(map(len, rows.completions)))
     packed = [_pack(rows, group, width) for group in groups]
     prompt_width = bucket(max(map(len, rows.prompts)))
-    shape = Shape(len(groups), prompt_width, sum(map(len, packed)), width, max(map(len, groups)))
+    sizes = len(groups), prompt_width, sum(map(len, packed)), width
+    n_slots = sizes[0] * sizes[1] + sizes[2] * sizes[3]
+    shape = Shape(*sizes, max(map(len, groups)), n_slots)
     return _fill(rows, shape, packed)
 
 

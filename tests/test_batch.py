@@ -72,20 +72,26 @@ def test_a_prompt_is_computed_once_for_a_whole_group():
         assert sum(b.n_tokens for b in batches) == 4 * 64 + 32 * 192
 
 
-@pytest.mark.parametrize(("micro_batch_size", "most"), [(4, 1.45), (8, 1.35), (16, 1.35)])
-def test_realistic_rollouts_are_packed_with_little_waste(micro_batch_size, most):
-    """Log-normal lengths, mean about 0.4 of the longest: one row for each completion would compute
-    2.5 times their tokens, and the prompts eight times."""
-    rng = np.random.default_rng(0)
+def realistic_rows(seed: int) -> Rows:
+    """Log-normal lengths, mean about 0.4 of the longest."""
+    rng = np.random.default_rng(seed)
     lengths = rng.lognormal(sigma=0.5, size=(32, 8))
     lengths = np.ceil(lengths / lengths.max() * 1024).astype(int).tolist()
-    rows = make_rows([(int(rng.integers(50, 200)), group) for group in lengths])
+    return make_rows([(int(rng.integers(50, 200)), group) for group in lengths])
+
+
+@pytest.mark.parametrize("micro_batch_size", [4, 8, 16])
+def test_realistic_rollouts_are_packed_with_little_waste(micro_batch_size):
+    """One row for each completion would compute 2.5 times their tokens, and the prompts eight
+    times."""
+    rows = realistic_rows(0)
     batches = micro_batches(
         rows, np.arange(256), micro_batch_size=micro_batch_size, max_model_len=1280
     )
     useful = sum(map(len, rows.completions)) + sum(map(len, rows.prompts[::8]))
-    assert sum(b.n_tokens for b in batches) < most * useful
-    assert len({b.rows.shape for b in batches}) <= 2
+    assert sum(b.n_tokens for b in batches) < 1.15 * useful
+    assert sum(b.prompts.size + b.rows.size for b in batches) < 1.6 * useful
+    assert len({b.rows.shape for b in batches}) == 1
 
 
 groups_strategy = st.lists(
@@ -135,6 +141,14 @@ def test_every_indexed_completion_once_and_exactly(groups, micro_batch_size, dat
                 used[start : start + n] = True
                 n_trained += n
         assert (used == (batch.segments.reshape(-1) > 0)).all()
+        in_prompt = np.arange(batch.prompts.shape[1]) < batch.prompt_lengths[:, None]
+        in_prompt[len(set(batch.row_prompts)) :] = False
+        needed = np.flatnonzero(np.concatenate([in_prompt.reshape(-1), used]))
+        n_slots = batch.prompts.size + batch.rows.size
+        places = batch.places[batch.places < n_slots].tolist()
+        assert places == sorted(set(places))
+        assert set(needed) <= set(places)
+        assert len(places) in (n_slots, len(needed))
         assert batch.prompt_lengths.min() >= 1
     assert sorted(seen) == index.tolist()
     assert n_trained == sum(len(rows.completions[i]) for i in index)
@@ -144,19 +158,14 @@ def test_every_indexed_completion_once_and_exactly(groups, micro_batch_size, dat
     assert len({tuple(x.shape for x in b) for b in batches}) == 1
 
 
-@settings(max_examples=50, deadline=None)
-@given(st.integers(1, 20), st.lists(groups_strategy, min_size=20, max_size=20))
-def test_a_run_meets_few_shapes(micro_batch_size, steps):
-    # Each shape is a compilation: for each pair of widths one for 1, 2, 4 and 8 rows a prompt.
-    shapes: dict[tuple, set] = {}
-    for groups in steps:
-        groups = [(n, (lengths * 8)[:8]) for n, lengths in groups]
-        rows, index = make_rows(groups), np.arange(8 * len(groups))
-        batches = micro_batches(rows, index, micro_batch_size=micro_batch_size, max_model_len=100)
-        for b in batches:
-            widths = b.prompts.shape[1], b.rows.shape[1]
-            shapes.setdefault(widths, set()).add(tuple(x.shape for x in b))
-    assert max(map(len, shapes.values())) <= 4
+def test_a_run_meets_few_shapes():
+    """Each is a compilation."""
+    shapes = set()
+    for seed in range(30):
+        rows = realistic_rows(seed)
+        batches = micro_batches(rows, np.arange(256), micro_batch_size=4, max_model_len=1280)
+        shapes |= {tuple(x.shape for x in b) for b in batches}
+    assert len(shapes) <= 8
 
 
 def test_rows_without_signal_are_left_out():

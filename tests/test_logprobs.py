@@ -41,7 +41,16 @@ def make_batch() -> MicroBatch:
     return in_one_batch(rows)
 
 
+def packed(batch: MicroBatch) -> MicroBatch:
+    """Without the padding of prompts and rows, and with three tokens that only fill up."""
+    in_prompts = np.arange(batch.prompts.shape[1]) < batch.prompt_lengths[:, None]
+    used = np.flatnonzero(np.concatenate([in_prompts.ravel(), batch.segments.ravel()]))
+    n_slots = batch.prompts.size + batch.rows.size
+    return batch._replace(places=np.append(used, [n_slots] * 3).astype(np.int32))
+
+
 BATCH = make_batch()
+PACKED = packed(BATCH)
 MASK = BATCH.mask
 N_TRAINED = sum(LENGTHS) - 2
 WEIGHTS = np.cos(np.arange(MASK.size)).reshape(MASK.shape)  # each token counts differently
@@ -54,6 +63,10 @@ def test_the_batch_is_packed_as_the_tests_below_say():
     ]  # fmt: skip
     assert BATCH.row_prompts.tolist() == [0, 0, 1]
     assert MASK.sum() == N_TRAINED == 45
+    assert BATCH.places.tolist() == list(range(2 * 16 + 3 * 32))
+    assert PACKED.places.tolist() == [
+        *range(5), 16, *range(32, 63), *range(64, 75), *range(96, 101), 128, 128, 128,
+    ]  # fmt: skip
 
 
 def slots() -> list[int]:
@@ -81,21 +94,22 @@ def reference(folder, temperature) -> tuple[np.ndarray, np.ndarray]:
     return values[0] * MASK, values[1] * MASK
 
 
+@pytest.mark.parametrize("batch", [BATCH, PACKED], ids=["padded", "packed"])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_logprobs_and_entropies_equal_log_softmax(folder, temperature):
+def test_logprobs_and_entropies_equal_log_softmax(folder, temperature, batch):
     logprobs, entropies = reference(folder, temperature)
     assert (logprobs < 0).sum() == N_TRAINED
-    got = jax.jit(partial(token_logprobs, temperature=temperature))(load_model(folder), BATCH)
+    got = jax.jit(partial(token_logprobs, temperature=temperature))(load_model(folder), batch)
     np.testing.assert_allclose(got[0], logprobs, atol=1e-4)
     np.testing.assert_allclose(got[1], entropies, atol=1e-4)
     assert np.asarray(got[0])[MASK == 0].tolist() == [0] * int((MASK == 0).sum())
 
 
-def value_and_gradient(graph, adapter, base):
+def value_and_gradient(graph, adapter, base, batch=BATCH):
     """What the loss sees of the logprobs, and the adapter's gradient of it."""
 
     def loss(adapter, base):
-        values = token_logprobs(nnx.merge(graph, adapter, base), BATCH)
+        values = token_logprobs(nnx.merge(graph, adapter, base), batch)
         return (values[0] * WEIGHTS).sum(), values
 
     return jax.jit(jax.value_and_grad(loss, has_aux=True))(adapter, base)
@@ -116,10 +130,19 @@ def test_chunks_change_nothing(whole, monkeypatch, chunk_rows):
     assert (BATCH.rows.size, (BATCH.segments > 0).sum()) == (96, 47)
     parts, whole = whole
     monkeypatch.setattr(module, "HEAD_CHUNK_FLOATS", chunk_rows * VOCAB)
-    (_, values), gradient = value_and_gradient(*parts)
-    for got, expected in zip(values, whole[0][1], strict=True):
+    assert_equal(value_and_gradient(*parts), whole)
+
+
+def test_padding_that_is_not_computed_changes_nothing(whole):
+    parts, whole = whole
+    assert_equal(value_and_gradient(*parts, PACKED), whole)
+
+
+def assert_equal(result, whole):
+    """Both as from `value_and_gradient`, up to rounding."""
+    for got, expected in zip(result[0][1], whole[0][1], strict=True):
         np.testing.assert_allclose(got, expected, atol=5e-6)
-    for got, expected in zip(*map(jax.tree.leaves, (gradient, whole[1])), strict=True):
+    for got, expected in zip(*map(jax.tree.leaves, (result[1], whole[1])), strict=True):
         np.testing.assert_allclose(got, expected, atol=2e-5 * float(jnp.abs(expected).max()))
 
 

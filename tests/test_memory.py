@@ -32,9 +32,10 @@ def root(tmp_path_factory):
 def test_the_largest_micro_batch_is_that_of_completions_as_long_as_they_may_be(root):
     config = tiny_config(root, micro_batch_size=8, max_tokens=20)
     batch = largest_micro_batch(config, [3, 18, 5, 7, 2, 18])
-    # 8 x bucket(38) = 384 tokens hold two prompts of 32, each with two rows of 64 for eight
-    # completions of 20: three to a row.
-    assert (batch.prompts.shape, batch.rows.shape) == ((2, 32), (4, 64))
+    # Two groups are 18 + 8 x 20 tokens each, three completions to a row of 64: all of their 2 x 178
+    # go into one micro-batch of at most 8 x bucket(38) = 384 tokens.
+    assert (batch.prompts.shape, batch.rows.shape, batch.n_tokens) == ((3, 32), (6, 64), 384)
+    assert batch.mask.sum() == 2 * 8 * 20
     assert batch.mask.sum(axis=1).max() == 20
 
 
