@@ -31,13 +31,13 @@ from rich.table import Table
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
-from speed import rows_of_lines
 from torch_baseline import Baseline, adapter_weights, advantages_of, load_adapter, open_model
 
 from jgrpo import adapter as adapters
 from jgrpo.advantages import group_advantages, leave_one_out
 from jgrpo.batch import Rows
 from jgrpo.cli import resumed_config
+from jgrpo.compare import saved_rows
 from jgrpo.config import Config, load_config
 from jgrpo.errors import InputError, RunError, exit_status
 from jgrpo.learner import Learner, needs_base
@@ -242,7 +242,7 @@ class Ours:
     def rollout(self, lines: Lines, config: Config) -> Rows:
         of = leave_one_out if config.use_leave_one_out else group_advantages
         advantages = of(rewards_of(lines, config), config.use_std_norm)
-        return rows_of_lines(with_advantages(lines, advantages), config)
+        return saved_rows(config, with_advantages(lines, advantages))
 
     def moved(self, config: Config, rollouts: Iterable[Rows]) -> Arrays:
         """How far learning from the rollouts moves the adapter."""

@@ -31,11 +31,12 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from flax import nnx
-from speed import SHAPES, config_of, make_lines, rows_of_lines
+from speed import SHAPES, config_of, make_lines
 from speed import Args as SpeedArgs
 from transformers import AutoConfig
 
 from jgrpo.batch import Rows
+from jgrpo.compare import saved_rows
 from jgrpo.config import Config
 from jgrpo.errors import InputError, exit_status
 from jgrpo.learner import Learner
@@ -140,7 +141,7 @@ def work(args: Args) -> None:
         attn_implementation=args.attn_implementation[0],
     )
     assert shape.model is not None
-    rows = rows_of_lines(make_lines(speed, config, shape.model["vocab_size"]), config)
+    rows = saved_rows(config, make_lines(speed, config, shape.model["vocab_size"]))
     found = measure(args, config, shape.model, rows)
     if args.profile is not None:
         learner = Learner(config, *split(random_model(config, shape.model)))

@@ -25,7 +25,6 @@ from typing import Any, Literal
 import numpy as np
 import tyro
 
-from jgrpo.batch import Rows
 from jgrpo.cli import KEEP_FREED_MEMORY
 from jgrpo.config import Config, load_config
 from jgrpo.errors import InputError, RunError, exit_status
@@ -160,18 +159,6 @@ def make_lines(args: Args, config: Config, vocab_size: int) -> list[dict]:
     return lines
 
 
-def rows_of_lines(lines: list[dict], config: Config) -> Rows:
-    """A rollouts file's lines as jgrpo's learner takes them."""
-    cut_off = np.array([line["finish_reason"] == "length" for line in lines])
-    return Rows(
-        [line["prompt_ids"] for line in lines],
-        [line["token_ids"] for line in lines],
-        [line["sampler_logprobs"] for line in lines],
-        np.array([line["advantage"] for line in lines], np.float32),
-        ~cut_off if config.mask_truncated_completions else None,
-    )
-
-
 def prepare(folder: Path, args: Args) -> list[dict]:
     """Write model/, adapter/, config.json and rollout.jsonl into `folder` -> the rollout."""
     import torch
@@ -213,13 +200,14 @@ def open_jgrpo(config: Config, folder: Path, lines: list[dict], _: int) -> tuple
     import jax
 
     from jgrpo import adapter
+    from jgrpo.compare import saved_rows
     from jgrpo.learner import Learner
     from jgrpo.session import configure_jax, open_policy
 
     configure_jax()
     policy = open_policy(config)
     start = adapter.load(folder / "adapter", policy.adapter)
-    learner, rows = Learner(config, policy.graph, start, policy.base), rows_of_lines(lines, config)
+    learner, rows = Learner(config, policy.graph, start, policy.base), saved_rows(config, lines)
 
     def on_gpu() -> tuple[int, int]:
         stats = jax.devices()[0].memory_stats()

@@ -33,6 +33,10 @@ class Checkpoints:
         if step not in self._manager.all_steps():
             self._manager.save(step, args=ocp.args.StandardSave(_by_name(state)))
 
+    def steps(self) -> list[int]:
+        """The steps that are saved, in order."""
+        return sorted(self._manager.all_steps())
+
     def latest_step(self) -> int:
         """The last step that was saved. InputError if there is none."""
         step = self._manager.latest_step()

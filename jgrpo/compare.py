@@ -8,7 +8,7 @@ Axes: M variants, B rows of a micro-batch, T tokens.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,18 @@ def read_rollouts(file: Path, group_size: int) -> list[Line]:
     return lines
 
 
+def saved_rows(config: Config, lines: Sequence[Line]) -> Rows:
+    """The rollouts as they were trained on, with their saved advantages."""
+    truncated = np.array([line["finish_reason"] == "length" for line in lines])
+    return Rows(
+        [line["prompt_ids"] for line in lines],
+        [line["token_ids"] for line in lines],
+        [line["sampler_logprobs"] for line in lines],
+        np.array([line["advantage"] for line in lines], np.float32),
+        ~truncated if config.mask_truncated_completions else None,
+    )
+
+
 def rows_for(config: Config, lines: Sequence[Line], scorers: Scorers) -> Rows:
     """The rollouts with the rewards, advantages and masks that a variant gives them."""
     c, shape = config, (-1, config.group_size)
@@ -75,14 +87,8 @@ def rows_for(config: Config, lines: Sequence[Line], scorers: Scorers) -> Rows:
         limits = c.expected_maximum_length, c.overlong_cache
         parts["length_penalty"] = length_penalty(n_tokens, *limits)
     advantages_of = leave_one_out if c.use_leave_one_out else group_advantages
-    truncated = np.array([line["finish_reason"] == "length" for line in lines])
-    return Rows(
-        [line["prompt_ids"] for line in lines],
-        [line["token_ids"] for line in lines],
-        [line["sampler_logprobs"] for line in lines],
-        advantages_of(combine(parts, c.process_reward_weight), c.use_std_norm).reshape(-1),
-        ~truncated if c.mask_truncated_completions else None,
-    )
+    advantages = advantages_of(combine(parts, c.process_reward_weight), c.use_std_norm)
+    return replace(saved_rows(config, lines), advantages=advantages.reshape(-1))
 
 
 def compare(

@@ -17,7 +17,6 @@ from flax import nnx
 
 from jgrpo.batch import MicroBatch, Rows, completion_mask, micro_batches, with_signal
 from jgrpo.config import Config
-from jgrpo.errors import RunError
 from jgrpo.losses import LOSSES
 from jgrpo.update import Loss, Update, adam, learning_rate, loss_denominator
 
@@ -63,7 +62,8 @@ class Part:
 
 
 class Learner:
-    """Holds `state`, (adapter, optimizer state), and changes it a rollout at a time."""
+    """Holds `state`, (adapter, optimizer state), and changes it a rollout at a time;
+    `skipped_in_a_row` counts the last updates that were not finite."""
 
     def __init__(self, config: Config, graph: nnx.GraphDef, adapter: nnx.State, base: nnx.State):
         self.config, self.base = config, base
@@ -83,10 +83,11 @@ class Learner:
             attn_implementation=config.attn_implementation,
         )
         self.state = adapter, optimizer.init(adapter)
+        self.skipped_in_a_row = 0
 
     def learn(self, rows: Rows) -> dict[str, float]:
-        """All optimizer updates on one rollout -> metrics, means over the updates (tokens/trained:
-        their sum). RunError if one is not finite."""
+        """All optimizer updates on one rollout -> metrics, means over the updates (tokens/trained,
+        train/skipped_updates: their sum) without those that were skipped."""
         c, update = self.config, self.update
         adapter, opt_state = self.state
         n_before = int(optax.tree.get_all_with_path(opt_state, "count")[0][1])
@@ -108,15 +109,14 @@ class Learner:
                 old[i] = old[i] or logprobs
                 history.append(metrics)
         values = jax.device_get(history)
-        if not all(np.isfinite([m["train/loss"], m["train/grad_norm"]]).all() for m in values):
-            raise RunError(
-                f"the loss or its gradient is not finite: {values[-1]}. A lower lr may help"
-            )
-        means = {tag: float(np.mean([m[tag] for m in values])) for tag in values[0]}
-        gap, tokens = "sampler/logprob_diff_max", "tokens/trained"
-        return means | {
-            gap: float(max(m[gap] for m in values)),
+        gap, tokens, skipped = "sampler/logprob_diff_max", "tokens/trained", "train/skipped_updates"
+        for m in values:
+            self.skipped_in_a_row = self.skipped_in_a_row + 1 if m[skipped] else 0
+        made = [m for m in values if not m[skipped]] or values
+        return {tag: float(np.mean([m[tag] for m in made])) for tag in values[0]} | {
+            gap: float(max(m[gap] for m in made)),
             tokens: float(sum(m[tokens] for m in values)),
+            skipped: float(sum(m[skipped] for m in values)),
             "train/lr": float(self.rate(n_before)),
             "train/compilations": update.n_compilations,
         }

@@ -59,6 +59,9 @@ from jgrpo.session import (
     open_scorers,
 )
 
+MOST_SKIPPED = 3
+"""Updates in a row that may be skipped because they are not finite, before the run ends."""
+
 
 def train(config: Config, resume: Path | None = None) -> Path:
     """Run all steps -> the run folder. Raises InputError before compute is spent, RunError later.
@@ -198,6 +201,21 @@ class Loop:
         metrics |= log.take_seconds() | {"time/step": time.perf_counter() - start_s}
         log.log(step, metrics)
         self.whole = step, jax.device_get(self.learner.state)
+        self.check_updates(step, metrics)
+
+    def check_updates(self, step: int, metrics: dict[str, float]) -> None:
+        """Warn of updates that were skipped; RunError for too many of them in a row."""
+        if not metrics["train/skipped_updates"]:
+            return
+        message = (
+            f"step {step}: {metrics['train/skipped_updates']:.0f} update(s) skipped, the loss or "
+            f"its gradient is not finite: loss {metrics['train/loss']}, gradient norm "
+            f"{metrics['train/grad_norm']}. To see it again: python -m jgrpo.replay {self.run_dir} "
+            f"--step {step}"
+        )
+        if self.learner.skipped_in_a_row >= MOST_SKIPPED:
+            raise RunError(f"{message}\n{MOST_SKIPPED} in a row: a lower lr may help")
+        self.log.info(message, style="yellow")
 
     def reward_parts(self, rollout: Rollout) -> dict[str, np.ndarray]:
         """Each part of the reward that the config asks for, float32 [P, G]."""

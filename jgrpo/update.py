@@ -97,7 +97,8 @@ class Update:
         old_logprobs: Arrays | None = None,
         ref_logprobs: Arrays | None = None,
     ) -> tuple[Tree, Tree, dict[str, jax.Array], list[jax.Array]]:
-        """One optimizer update -> adapter, opt_state, metrics (on the device), logprobs.
+        """One optimizer update -> adapter, opt_state, metrics (on the device), logprobs. Where the
+        loss or its gradient is not finite nothing is changed, and train/skipped_updates is 1.
 
         `denominator` is the loss's for all completions of the rollout, also those left out of
         `batches` because their advantage is zero. The logprobs are what a second update on the
@@ -167,20 +168,24 @@ class Update:
 
     def _optimizer_step(self, adapter, opt_state, total: Sums, denominator):
         gradient = jax.tree.map(lambda g: g / denominator, total.gradient)
-        updates, opt_state = self.optimizer.update(gradient, opt_state, adapter)
+        updates, stepped = self.optimizer.update(gradient, opt_state, adapter)
+        new, old = (optax.apply_updates(adapter, updates), stepped), (adapter, opt_state)
         s, tokens = total.metrics, total.metrics["tokens"]
         per_token = {name: x / jnp.maximum(tokens, 1) for name, x in s.items()}
+        loss, norm = s["loss"] / denominator, optax.tree.norm(gradient)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         metrics = {
-            "train/loss": s["loss"] / denominator,
+            "train/loss": loss,
             "train/entropy": per_token["entropy"],
-            "train/grad_norm": optax.tree.norm(gradient),
+            "train/grad_norm": norm,
+            "train/skipped_updates": 1 - finite.astype(jnp.float32),
             "sampler/logprob_diff_mean": per_token["gap"],
             "sampler/logprob_diff_max": total.largest_gap,
             "sampler/kl": per_token["sampler_kl"],
             "tokens/trained": tokens,
         }
         metrics |= {f"train/{name}": x for name, x in per_token.items() if name not in OUR_SUMS}
-        return optax.apply_updates(adapter, updates), opt_state, metrics
+        return *jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old), metrics
 
 
 def loss_denominator(loss: Loss, mask: np.ndarray) -> float:

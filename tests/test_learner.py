@@ -16,7 +16,6 @@ from flax import nnx
 from jgrpo.adapter import adapter_arrays
 from jgrpo.batch import Rows, micro_batches
 from jgrpo.config import Config
-from jgrpo.errors import RunError
 from jgrpo.learner import Learner, loss_of
 from jgrpo.logprobs import token_logprobs
 from jgrpo.lora import split
@@ -98,7 +97,8 @@ class AllOnes:
         assert ref is None
         ones = jax.tree.map(jnp.ones_like, adapter)
         updates, state = self.optimizer.update(ones, state, adapter)
-        tags = ("train/loss", "train/grad_norm", "sampler/logprob_diff_max", "tokens/trained")
+        tags = ("train/loss", "train/grad_norm", "train/skipped_updates",
+                "sampler/logprob_diff_max", "tokens/trained")  # fmt: skip
         return optax.apply_updates(adapter, updates), state, dict.fromkeys(tags, 0.0), [0]
 
 
@@ -421,8 +421,20 @@ def test_the_loss_is_the_one_asked_for_with_its_options_and_no_others(fields, lo
 
 
 @pytest.mark.parametrize("bad", [np.nan, 3e38])
-def test_an_update_that_is_not_finite_is_an_error(new_learner, bad):
-    learner = new_learner()
-    rows = dataclasses.replace(ROWS, advantages=np.full(8, bad, np.float32))
-    with pytest.raises(RunError, match="not finite"):
-        learner.learn(rows)
+def test_an_update_that_is_not_finite_is_skipped_and_counted(new_learner, bad):
+    """Of two updates a rollout, each on half of the completions, the second is bad."""
+    learner = new_learner(updates_per_epoch=2)
+    state = jax.tree.map(jnp.copy, learner.state)  # the update eats it
+    advantages = np.array([*ADVANTAGES[:4], *[bad] * 4], np.float32)
+    learner.update = recorder = Recorder(learner.update)
+    metrics = learner.learn(dataclasses.replace(ROWS, advantages=advantages))
+    assert (metrics["train/skipped_updates"], learner.skipped_in_a_row) == (1, 1)
+    (_, (made, _)), (_, (skipped, _)) = recorder.calls
+    assert not np.isfinite(skipped["train/grad_norm"])
+    assert metrics["train/loss"] == made["train/loss"]
+    first = recorder.calls[0][0]
+    expected = new_learner().update(*state, learner.base, *first)[:2]
+    for got, wanted in zip(*map(jax.tree.leaves, (learner.state, expected)), strict=True):
+        np.testing.assert_array_equal(got, wanted)
+    learner.learn(ROWS)
+    assert learner.skipped_in_a_row == 0

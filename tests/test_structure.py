@@ -27,7 +27,7 @@ LAYERS = [
     {"update", "session"},
     {"learner", "collect", "variants"},
     {"compare", "report", "memory"},
-    {"train", "evaluate", "serve", "tiny", "__init__"},
+    {"train", "evaluate", "replay", "serve", "tiny", "__init__"},
     {"sweep", "tiny_prm"},
     {"ablate"},
 ]

@@ -23,6 +23,7 @@ import jgrpo
 from jgrpo.adapter import adapter_arrays
 from jgrpo.advantages import group_advantages, leave_one_out
 from jgrpo.batch import completion_mask
+from jgrpo.compare import saved_rows
 from jgrpo.config import Config
 from jgrpo.learner import Learner, loss_of
 from jgrpo.logprobs import token_logprobs
@@ -30,7 +31,7 @@ from jgrpo.update import loss_denominator
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from agreement import NARROW, VARIANTS, arrays_of, in_float64, relative_error
-from speed import Args, make_lines, rows_of_lines
+from speed import Args, make_lines
 from torch_baseline import Baseline, advantages_of, load_adapter, open_model
 
 SPEED = Path(__file__).parents[1] / "benchmarks" / "speed.py"
@@ -118,7 +119,7 @@ class Both:
     # -- jgrpo: the model is compiled once, and every loss is pulled back through it
 
     def jgrpo(self, config: Config):
-        rows, loss = rows_of_lines(self.lines, config), loss_of(config)
+        rows, loss = saved_rows(config, self.lines), loss_of(config)
         batch = in_one_batch(rows)
         run = partial(self.compiled, config.temperature, batch)
         zeros = jnp.zeros(batch.mask.shape), jnp.zeros(batch.mask.shape)
@@ -256,7 +257,7 @@ def several(both):
     start = jax.tree.map(jnp.copy, both.new)
     learner = Learner(config, both.graph, start, both.base)
     before = adapter_arrays(both.new)
-    metrics = learner.learn(rows_of_lines(both.lines, config))
+    metrics = learner.learn(saved_rows(config, both.lines))
     after = adapter_arrays(learner.state[0])
     return config, metrics, {k: after[k] - before[k] for k in before}
 

@@ -210,14 +210,30 @@ def test_a_run_that_is_made_longer_is_the_longer_run(run, root):
     assert read_config(short)["config"]["n_grpo_steps"] == 4
 
 
-def test_an_update_that_is_not_finite_is_never_published(root, monkeypatch):
-    huge = lambda rewards, std_norm: np.full(rewards.shape, 3e38, np.float32)  # noqa: E731
+def test_updates_that_are_not_finite_are_skipped_and_three_in_a_row_end_the_run(
+    root, monkeypatch, capsys
+):
+    """Steps 2, and 4 to 6."""
+    real, steps = train_module.group_advantages, []
+
+    def huge(rewards, std_norm):
+        steps.append(len(steps) + 1)
+        bad = np.full(rewards.shape, 3e38, np.float32)
+        return bad if steps[-1] in (2, 4, 5, 6) else real(rewards, std_norm)
+
     monkeypatch.setattr(train_module, "group_advantages", huge)
-    with pytest.raises(RunError, match=r"not finite.*(?s:.*)--resume"):
-        train(tiny_config(root))
+    with pytest.raises(RunError, match=r"step 6.*not finite(?s:.*)3 in a row(?s:.*)--resume"):
+        train(tiny_config(root, n_grpo_steps=8, eval_every=0))
+    assert "step 2: 1 update(s) skipped" in capsys.readouterr().out.replace("\n", " ")
     stopped = max((root / "runs").iterdir(), key=lambda f: int(f.name))
-    assert [f.name for f in (stopped / "adapters").iterdir()] == ["step_000000"]
-    assert [f.name for f in (stopped / "checkpoints").iterdir()] == ["000000"]
+    rows = read_metrics(stopped)
+    assert [row["train/skipped_updates"] for row in rows] == [0, 1, 0, 1, 1, 1]
+    assert [row["train/loss"] is None for row in rows] == [False, True, False, True, True, True]
+    adapters = [arrays_of(stopped / f"adapters/step_00000{k}") for k in range(7)]
+    unchanged = [same_bits(*pair) for pair in pairwise(adapters)]
+    assert unchanged == [False, True, False, True, True, True]
+    assert max(f.name for f in (stopped / "checkpoints").iterdir()) == "000006"
+    assert len(rollouts(stopped, 6)) == 32  # to look at
 
 
 PLACES = [

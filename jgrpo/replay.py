@@ -1,0 +1,125 @@
+"""Replay: python -m jgrpo.replay RUN --step K.
+
+Step K is learned from again, with its saved rollouts and the adapter that sampled them, and what
+comes out is compared with what the run logged. On the machine of the run it is the same bits.
+"""
+
+from jgrpo import cli
+from jgrpo.errors import InputError, RunError, exit_status
+
+if __name__ == "__main__":  # before JAX is imported, as in train
+    cli.tune_allocator()
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+
+from jgrpo import adapter as adapters
+from jgrpo.checkpoint import Checkpoints
+from jgrpo.compare import read_rollouts, saved_rows
+from jgrpo.learner import Learner
+from jgrpo.rundir import read_metrics
+from jgrpo.session import configure_jax, open_policy
+
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.02}
+"""Largest relative difference that another machine may make (and the same below 1e-6)."""
+NOT_OF_THE_STEP = ("train/lr", "train/compilations")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Compute a step's loss and gradient again from what its run folder holds, and compare."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run folder."""
+    step: int
+    """The step, from 1."""
+
+
+def replay(run: Path, step: int) -> dict[str, tuple[float, float]]:
+    """What was logged of a step's update, and what comes out now, by tag; with
+    adapter/largest_difference where the optimizer's state before the step is in a checkpoint.
+
+    InputError if the run folder lacks something.
+    """
+    configure_jax()
+    config, logged = cli.resumed_config(run), _logged(run, step)
+    lines = read_rollouts(run / "rollouts" / f"step_{step:06d}.jsonl", config.group_size)
+    checkpoints = Checkpoints(run)
+    saved = checkpoints.steps()
+    if config.updates_per_rollout > 1 and step - 1 not in saved:
+        raise InputError(
+            f"step {step} made {config.updates_per_rollout} updates, so that Adam's state before "
+            f"it is needed: --step can be {' or '.join(str(k + 1) for k in saved) or 'none'}"
+        )
+    policy = open_policy(config)
+    before = adapters.load(_adapter_folder(run, step - 1), policy.adapter)
+    learner = Learner(config, policy.graph, before, policy.base)
+    if step - 1 in saved:
+        learner.state = checkpoints.restore(step - 1, learner.state)
+    metrics = learner.learn(saved_rows(config, lines))
+    figures = {
+        tag: (math.nan if logged[tag] is None else logged[tag], metrics[tag])
+        for tag in metrics
+        if tag in logged and tag not in NOT_OF_THE_STEP
+    }
+    if step - 1 in saved:
+        new = adapters.adapter_arrays(learner.state[0])
+        old = adapters.load(_adapter_folder(run, step), policy.adapter)
+        pairs = ((new[key], array) for key, array in adapters.adapter_arrays(old).items())
+        largest = max(float(np.abs(a - b).max()) for a, b in pairs)
+        figures["adapter/largest_difference"] = 0.0, largest
+    return figures
+
+
+def _logged(run: Path, step: int) -> Mapping[str, Any]:
+    steps = {row["step"]: row for row in read_metrics(run) if "train/loss" in row}
+    if step not in steps:
+        raise InputError(f"--step {step}: {run} has logged the steps {_range(sorted(steps))}")
+    return steps[step]
+
+
+def _range(steps: list[int]) -> str:
+    return f"{steps[0]} to {steps[-1]}" if steps else "of no update yet"
+
+
+def _adapter_folder(run: Path, step: int) -> Path:
+    folder = run / "adapters" / f"step_{step:06d}"
+    if not folder.is_dir():
+        raise InputError(f"{folder} is gone; a step needs the adapter before it")
+    return folder
+
+
+def difference(logged: float, now: float) -> float:
+    """Relative, 0 for the same number and for NaN twice."""
+    if logged == now or (math.isnan(logged) and not math.isfinite(now)):
+        return 0.0
+    return abs(now - logged) / max(abs(logged), abs(now))
+
+
+def main() -> None:
+    options = tyro.cli(Options, prog="python -m jgrpo.replay")
+    with exit_status():
+        figures = replay(options.run, options.step)
+        print(f"{'':32}{'logged':>16}{'now':>16}{'difference':>12}")
+        for tag, (logged, now) in figures.items():
+            print(f"{tag:32}{logged:16.9g}{now:16.9g}{difference(logged, now):12.1e}")
+        tolerance = TOLERANCE[cli.resumed_config(options.run).dtype]
+        wrong = [
+            tag
+            for tag, pair in figures.items()
+            if difference(*pair) > tolerance and not abs(pair[0] - pair[1]) < 1e-6
+        ]
+        if wrong:
+            raise RunError(f"not what was logged: {', '.join(wrong)} (tolerance {tolerance:g})")
+        same = all(difference(*pair) == 0 for pair in figures.values())
+        print("confirmed" + (", to the bit" if same else ""))
+
+
+if __name__ == "__main__":
+    main()

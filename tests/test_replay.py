@@ -1,0 +1,80 @@
+"""jgrpo.replay on real runs: what was logged comes out again, unless somebody changed the run."""
+
+import json
+import shutil
+import sys
+
+import pytest
+from tiny_run import tiny_config, write_base, write_problems
+
+from jgrpo import replay as module
+from jgrpo.errors import InputError
+from jgrpo.replay import difference, replay
+from jgrpo.rundir import read_metrics
+from jgrpo.train import train
+
+pytestmark = pytest.mark.usefixtures("shared_compilation_cache")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("replay")
+    write_base(folder / "base")
+    write_problems(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(root):
+    return train(tiny_config(root, eval_every=0))
+
+
+def test_every_step_comes_out_to_the_bit(run):
+    for row in read_metrics(run):
+        figures = replay(run, row["step"])
+        assert {"train/loss", "train/grad_norm", "train/entropy", "tokens/trained"} <= set(figures)
+        assert all(logged == now for logged, now in figures.values())
+        # Adam's state is in the checkpoints after steps 2 and 4 alone.
+        assert ("adapter/largest_difference" in figures) == (row["step"] == 3)
+
+
+def test_several_updates_a_rollout_need_the_checkpoint_before_them(root):
+    run = train(tiny_config(root, eval_every=0, epochs_per_step=2, use_clip=True))
+    assert all(logged == now for logged, now in replay(run, 3).values())
+    with pytest.raises(InputError, match="--step can be 3"):
+        replay(run, 4)
+
+
+@pytest.mark.parametrize("field", ["advantage", "token_ids"])
+def test_another_rollout_is_not_what_was_logged(run, tmp_path, field, monkeypatch, capsys):
+    copy = shutil.copytree(run, tmp_path / "copy")
+    file = copy / "rollouts" / "step_000002.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    chosen = next(line for line in lines if line["advantage"])
+    chosen[field] = chosen[field] * 1.1 if field == "advantage" else chosen[field][::-1]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    monkeypatch.setattr(sys, "argv", ["replay", str(copy), "--step", "2"])
+    with pytest.raises(SystemExit, match="1"):
+        module.main()
+    assert "not what was logged: " in capsys.readouterr().err
+
+
+def test_the_command_confirms(run, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["replay", str(run), "--step", "1"])
+    module.main()
+    assert capsys.readouterr().out.endswith("confirmed, to the bit\n")
+
+
+def test_what_is_not_there_is_named(run, tmp_path):
+    with pytest.raises(InputError, match=r"--step 5: .* has logged the steps 1 to 4"):
+        replay(run, 5)
+    copy = shutil.copytree(run, tmp_path / "copy")
+    shutil.rmtree(copy / "adapters" / "step_000001")
+    with pytest.raises(InputError, match="step_000001 is gone"):
+        replay(copy, 2)
+
+
+def test_nan_again_is_no_difference():
+    assert difference(float("nan"), float("inf")) == 0
+    assert difference(float("nan"), 1.0) != 0
+    assert difference(2.0, 1.0) == 0.5
