@@ -56,6 +56,7 @@ LLAMA_135M = {
     "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
     "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
     "tie_word_embeddings": True, "max_position_embeddings": 2048,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
 }  # fmt: skip
 QWEN3_1_7B = {
     "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144,
@@ -99,9 +100,9 @@ class Args:
     """jgrpo's; None: the config's."""
     compilation_cache: Path | None = None
     """jgrpo's; None: a new one, so that its first turn and its peak memory include compilation."""
-    peers: tuple[Literal["torch", "trl"], ...] = ("torch",)
+    peers: tuple[Literal["torch", "trl", "tunix"], ...] = ("torch",)
     """torch: the study's loop (torch_baseline.py). trl: TRL's GRPOTrainer, pip install trl==1.16.0.
-    """
+    tunix: Tunix's rl.Trainer, pip install google-tunix==0.1.7; for --shape 135m."""
     torch_micro_batch_size: int = 2
     """The peers'; 2 is the study's, and the fastest for both on a CPU."""
     torch_environments: tuple[str, ...] = tuple(TORCH_ENVIRONMENTS)
@@ -237,6 +238,15 @@ def open_trl(
     return lambda: trl.learn(lines), torch_memory(model)
 
 
+def open_tunix(
+    config: Config, folder: Path, lines: list[dict], micro_batch_size: int
+) -> tuple[Learn, Memory]:
+    from tunix_side import Tunix
+
+    tunix = Tunix(config, folder / "adapter", micro_batch_size)
+    return lambda: tunix.learn(lines), resident_bytes
+
+
 def torch_memory(model: Any) -> Memory:
     import torch
 
@@ -267,7 +277,9 @@ def work(side: str, folder: Path, torch_micro_batch_size: int) -> None:
     os.dup2(2, 1)  # what libraries print goes to stderr
     config = Config(**json.loads((folder / "config.json").read_text()))
     lines = [json.loads(line) for line in (folder / "rollout.jsonl").open()]
-    opened = {"jgrpo": open_jgrpo, "torch": open_torch, "trl": open_trl}[side]
+    opened = {
+        "jgrpo": open_jgrpo, "torch": open_torch, "trl": open_trl, "tunix": open_tunix
+    }[side]  # fmt: skip
     learn, memory = opened(config, folder, lines, torch_micro_batch_size)
     forget_peak()
     before, _ = memory()
