@@ -4,16 +4,21 @@ The server holds the base model; a policy is a LoRA adapter that it reads from a
 its habits shape this file. Its prefix cache knows an adapter by name and path, so a name is never
 used twice. It fills options that a request leaves open from the model's generation_config.json,
 so every option is sent. It shortens max_tokens without a word where its context ends, so replies
-are checked against what was asked. Left out on purpose: streaming, text, chat.
+are checked against what was asked. Ids go both ways, so its tokenizer and its chat template cannot
+matter. Left out on purpose: streaming, text, chat.
+
+What fails for a while is asked again: a server that is away, drops a reply or is restarted (which
+loses its adapters: ours is loaded again, under a new name). A whole reply that is wrong ends the
+run, as does another base model.
 """
 
 import asyncio
 import logging
-import math
 import uuid
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import httpx
 import tenacity
@@ -28,6 +33,12 @@ Action = Callable[[httpx.AsyncClient, str], Coroutine[Any, Any, T]]
 ADAPTER_PREFIX = "jgrpo-"
 MAX_IN_FLIGHT = 256
 """Requests that one server gets at once: more than its batch holds, fewer than 1024 sockets."""
+MAX_RELOADS = 10
+"""Times that one request may find its adapter gone, and have it loaded again."""
+TELL_EVERY_S = 30.0
+"""At most as often a server that is waited for is spoken of."""
+RETRIED = frozenset({408, 425, 429, *range(500, 600)})
+"""Statuses of a server, or of what stands before it, that may be well a moment later."""
 THE_POLICY_ITSELF = {
     "top_p": 1.0,
     "top_k": -1,
@@ -45,13 +56,22 @@ THE_POLICY_ITSELF = {
 log = logging.getLogger(__name__)
 
 
+class Base(NamedTuple):
+    """What a server says of its base model."""
+
+    name: str
+    root: Any
+    max_model_len: Any
+
+
 class VllmSampler:
     """Samples from one or more vLLM servers (rollout.Sampler); the base model until load().
 
     Several servers share the prompts in turn, and each gets every adapter; they must see the run
-    folder under the same path. A server that is away is waited for, up to timeout_s a request,
-    retries included. Stopping is decided by `stop_token_ids` alone: the server's own end tokens
-    are ignored. `max_model_len` is the prompt and completion tokens that the server must hold.
+    folder under the same path. One try of a request may take timeout_s, and so may the wait for a
+    server that is away, from its first failure on. Stopping is decided by `stop_token_ids` alone:
+    the server's own end tokens are ignored. `max_model_len` is the prompt and completion tokens
+    that the server must hold.
 
     Raises RunError, with what was wrong and how to start the server. Not for use inside a running
     event loop. One run a server: adapters of others that carry our prefix are unloaded at start,
@@ -78,25 +98,27 @@ class VllmSampler:
         self._timeout_s = timeout_s
         self._remedy = f"Start the server with\n  {start_command}"
         self._alone = alone
-        self._away: set[str] = set()
-        self._adapter: str | None = None
-        self._base_models = dict(zip(self._urls, self._on_each(self._enter), strict=True))
+        self._told_s: dict[str, float] = {}
+        self._path = ""
+        self._adapters: dict[str, str] = {}  # its name on each server; they differ after a restart
+        self._bases = dict(zip(self._urls, self._on_each(self._enter), strict=True))
 
     def load(self, folder: Path) -> None:
         """Load the adapter in `folder` into every server, then unload the previous one.
 
         Comes back when all servers sample from the new one; only then may the previous one's
-        folder be removed (removing the folder of a loaded adapter kills the server).
+        folder be removed (removing the folder of a loaded adapter kills the server). The new one's
+        must stay: a server that is restarted needs it again.
         """
         path = str(Path(folder).absolute())
-        name = f"{ADAPTER_PREFIX}{self._run_id}-{Path(path).name}-{uuid.uuid4().hex[:8]}"
-        self._on_each(lambda client, url: self._load(client, url, name, path))
-        previous, self._adapter = self._adapter, name
+        names = self._on_each(lambda client, url: self._load(client, url, path))
+        previous, self._adapters = self._adapters, dict(zip(self._urls, names, strict=True))
+        self._path = path
         self._unload_everywhere(previous)
 
     def unload(self) -> None:
         """Unload the adapter: the base model is sampled from now on."""
-        previous, self._adapter = self._adapter, None
+        previous, self._adapters = self._adapters, {}
         self._unload_everywhere(previous)
 
     def close(self) -> None:
@@ -126,11 +148,11 @@ class VllmSampler:
             raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts")
         n = group_size if temperature > 0 else 1  # vLLM refuses n > 1 if all would be equal
         slots = {url: asyncio.Semaphore(MAX_IN_FLIGHT) for url in self._urls}
+        locks = {url: asyncio.Lock() for url in self._urls}
 
         async def group(client: httpx.AsyncClient, p: int) -> list[Completion]:
             url = self._urls[p % len(self._urls)]
             body = {
-                "model": self._adapter or self._base_models[url],
                 "prompt": [int(token) for token in prompts[p]],
                 "n": n,
                 "seed": int(seeds[p]),
@@ -140,74 +162,108 @@ class VllmSampler:
                 **THE_POLICY_ITSELF,
             }
             async with slots[url]:
-                completions = (await self._complete(client, url, body)) * (group_size // n)
+                completions = await self._complete(client, url, body, locks[url])
+            completions *= group_size // n
             if progress:
                 progress(len(completions), sum(len(c.token_ids) for c in completions))
             return completions
 
         return _run(lambda client: (group(client, p) for p in range(len(prompts))))
 
-    async def _complete(self, client: httpx.AsyncClient, url: str, body: Body) -> list[Completion]:
-        response = await self._request(client, f"{url}/v1/completions", body)
-        if response.status_code == 404 and body["model"] == self._adapter:
-            raise RunError(
-                f"{url} no longer knows the adapter {self._adapter} ({_words(response)}): the "
-                "server was restarted, or another run took it over. Resume the run."
-            )
-        try:
-            return _completions(_reply(response), body)
-        except ValueError as error:
-            raise RunError(f"{url}/v1/completions: bad reply: {error}") from None
+    async def _complete(
+        self, client: httpx.AsyncClient, url: str, body: Body, lock: asyncio.Lock
+    ) -> list[Completion]:
+        """The completions of one prompt, by the adapter and no other; loads it again if lost."""
+        for _ in range(1 + MAX_RELOADS):
+            asked = {"model": self._adapters.get(url, self._bases[url].name), **body}
+            read = partial(_read, asked=asked)
+            completions = await self._request(client, url, "/v1/completions", asked, read=read)
+            if completions is not None:
+                return completions
+            async with lock:  # many requests find the adapter gone; the first of them loads it
+                if self._adapters.get(url, asked["model"]) == asked["model"]:
+                    await self._restore(client, url, asked["model"])
+        raise RunError(
+            f"{url} does not know {asked['model']}, again and again: does it crash, or does "
+            "another run use it? One server serves one run. Resume the run when it is well"
+        )
 
-    async def _enter(self, client: httpx.AsyncClient, url: str) -> str:
-        """Remove what a crashed run left on the server; return the base model's served name."""
-        reply = _reply(await self._request(client, f"{url}/v1/models"))
+    async def _restore(self, client: httpx.AsyncClient, url: str, lost: str) -> None:
+        await self._check_base(client, url)
+        if url in self._adapters:
+            self._adapters[url] = await self._load(client, url, self._path)
+            log.warning("%s lost our adapter %s: it was restarted, or another run took it over. "
+                        "Loaded again as %s", url, lost, self._adapters[url])  # fmt: skip
+
+    async def _models(self, client: httpx.AsyncClient, url: str) -> tuple[Base, list[str]]:
+        """The base model, and the names of all that is served."""
+        reply = await self._request(client, url, "/v1/models", read=_reply)
         try:
             cards = {str(card["id"]): card for card in reply["data"]}
-            base = next(name for name, card in cards.items() if not card.get("parent"))
+            base = next(card for card in cards.values() if not card.get("parent"))
         except (KeyError, TypeError, AttributeError, StopIteration):
             raise RunError(f"{url}/v1/models lists no model: is this a vLLM server?") from None
-        limit = cards[base].get("max_model_len")
+        return Base(str(base["id"]), base.get("root"), base.get("max_model_len")), list(cards)
+
+    async def _enter(self, client: httpx.AsyncClient, url: str) -> Base:
+        """Remove what a crashed run left on the server; return its base model."""
+        base, names = await self._models(client, url)
+        limit = base.max_model_len
         if isinstance(limit, int) and limit < self._max_model_len:
             raise RunError(
                 f"{url}: the server runs with --max-model-len {limit}; this run needs "
                 f"{self._max_model_len} (prompt and completion tokens). {self._remedy}"
             )
-        for name in cards if self._alone else ():
-            if name.startswith(ADAPTER_PREFIX) and name != base:
+        for name in names if self._alone else ():
+            if name.startswith(ADAPTER_PREFIX) and name != base.name:
                 await self._unload(client, url, name)
                 log.warning("%s: unloaded %s, left by another run (or taken from it: one server "
                             "serves one run)", url, name)  # fmt: skip
         return base
 
-    async def _load(self, client: httpx.AsyncClient, url: str, name: str, path: str) -> None:
-        address = f"{url}/v1/load_lora_adapter"
+    async def _check_base(self, client: httpx.AsyncClient, url: str) -> None:
+        was, (base, _) = self._bases[url], await self._models(client, url)
+        if base != was:
+            raise RunError(
+                f"{url} has come back with another base model: it was {tuple(was)}, it is "
+                f"{tuple(base)} (name, root, --max-model-len). {self._remedy}"
+            )
+
+    async def _load(self, client: httpx.AsyncClient, url: str, path: str) -> str:
+        """Load the adapter under a new name, and return that."""
+        name = f"{ADAPTER_PREFIX}{self._run_id}-{Path(path).name}-{uuid.uuid4().hex[:8]}"
         body = {"lora_name": name, "lora_path": path, "load_inplace": False}
-        # 500 is vLLM's answer to an adapter that it cannot use: trying again would not help.
-        response = await self._request(client, address, body, retried=(502, 503, 504))
+        ask = partial(
+            self._request, client, url, "/v1/load_lora_adapter", body, retried=RETRIED - {500}
+        )
+        response = await ask()
+        if response.status_code == 500:  # an adapter that it cannot use, or an engine that died:
+            await self._request(client, url, "/health")  # once that is well, ask again
+            response = await ask()
         if response.status_code == 404 and "error" not in response.text:
             raise RunError(
-                f"{address}: no such route: the server runs without --enable-lora or without "
+                f"{response.url}: no such route: the server runs without --enable-lora or without "
                 f"VLLM_ALLOW_RUNTIME_LORA_UPDATING=True. {self._remedy}"
             )
-        if "already been loaded" in response.text:
-            return  # names are unique, so an earlier try got through and its answer was lost
-        if not response.is_success:
+        # Names are unique: if ours is there already, an earlier try's answer was lost.
+        if not response.is_success and "already been loaded" not in response.text:
             raise RunError(
                 f"{url} cannot load the adapter {path}: HTTP {response.status_code}: "
                 f"{_words(response)}\nThe server must see that folder, and run with --enable-lora "
                 f"and a --max-lora-rank that is large enough. {self._remedy}"
             )
+        await self._check_base(client, url)  # after it: a restart from now on loses the adapter
+        return name
 
     async def _unload(self, client: httpx.AsyncClient, url: str, name: str) -> None:
         body = {"lora_name": name}
-        response = await self._request(client, f"{url}/v1/unload_lora_adapter", body)
+        response = await self._request(client, url, "/v1/unload_lora_adapter", body)
         if not response.is_success and response.status_code != 404:  # 404: gone already
             raise RunError(f"{url}: cannot unload {name}: {_words(response)}")
 
-    def _unload_everywhere(self, name: str | None) -> None:
-        if name is not None:
-            self._on_each(lambda client, url: self._unload(client, url, name))
+    def _unload_everywhere(self, names: dict[str, str]) -> None:
+        if names:
+            self._on_each(lambda client, url: self._unload(client, url, names[url]))
 
     def _on_each(self, action: Action[T]) -> list[T]:
         return _run(lambda client: (action(client, url) for url in self._urls))
@@ -216,46 +272,55 @@ class VllmSampler:
         self,
         client: httpx.AsyncClient,
         url: str,
+        path: str,
         body: Body | None = None,
         *,
-        retried: Sequence[int] = range(500, 600),
-    ) -> httpx.Response:
-        """POST body (GET without one); try again after transport errors and `retried` statuses."""
-        trouble = "no answer"
+        retried: Collection[int] = RETRIED,
+        read: Callable[[httpx.Response], Any] = lambda response: response,
+    ) -> Any:
+        """POST body (GET without one) -> what `read` makes of the answer. Try again after transport
+        errors, after `retried` statuses, and where `read` raises _Retry."""
+        now = asyncio.get_running_loop().time
+        trouble, failed_s = "", 0.0
 
         def note(state: tenacity.RetryCallState) -> None:
-            nonlocal trouble
+            nonlocal trouble, failed_s
             error = state.outcome and state.outcome.exception()
             trouble = str(error) or type(error).__name__
-            if url not in self._away:
-                self._away.add(url)
-                log.warning("%s: %s; still trying. %s", url, trouble, self._remedy)
+            failed_s = failed_s or now()
+            limit.reschedule(failed_s + self._timeout_s)
+            if now() - self._told_s.get(url, float("-inf")) >= TELL_EVERY_S:
+                self._told_s[url] = now()
+                left_s = max(0.0, failed_s + self._timeout_s - now())
+                log.warning("%s%s: %s; still trying, for %.3g s more. %s",
+                            url, path, trouble, left_s, self._remedy)  # fmt: skip
+
+        async def once() -> Any:
+            nonlocal trouble
+            trouble = "no answer"
+            limit.reschedule(now() + self._timeout_s)
+            method = "GET" if body is None else "POST"
+            response = await client.request(method, url + path, json=body)
+            if response.status_code in retried:
+                raise _Retry(f"HTTP {response.status_code}: {_words(response)}")
+            return read(response)
 
         tries = tenacity.AsyncRetrying(
-            retry=tenacity.retry_if_exception_type((httpx.TransportError, _Retry)),
+            retry=tenacity.retry_if_exception_type((httpx.RequestError, _Retry)),
             wait=tenacity.wait_random_exponential(multiplier=0.5, max=20),
             before_sleep=note,
         )
-
-        async def once() -> httpx.Response:
-            response = await client.request("GET" if body is None else "POST", url, json=body)
-            if response.status_code in retried:
-                raise _Retry(f"HTTP {response.status_code}: {_words(response)}")
-            return response
-
         try:
-            async with asyncio.timeout(self._timeout_s):
-                response: httpx.Response = await tries(once)
+            async with asyncio.timeout(None) as limit:
+                return await tries(once)
         except TimeoutError:
             raise RunError(
-                f"{url}: {trouble}; gave up after {self._timeout_s:g} s. If the server is only "
-                f"slow, raise vllm_timeout_s; if it failed, look into its log. {self._remedy}"
+                f"{url}{path}: {trouble}; gave up after {self._timeout_s:g} s. If the server is "
+                f"only slow, raise vllm_timeout_s; if it failed, look into its log. {self._remedy}"
             ) from None
-        self._away.discard(url)
-        return response
 
 
-class _Retry(Exception):
+class _Retry(ValueError):
     """An answer that may be another one next time."""
 
 
@@ -281,7 +346,7 @@ def _words(response: httpx.Response) -> str:
     """The server's own explanation of a refusal."""
     try:
         return str(response.json()["error"]["message"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return response.text[:500]
 
 
@@ -291,8 +356,22 @@ def _reply(response: httpx.Response) -> Any:
         raise RunError(f"{response.url}: HTTP {response.status_code}: {_words(response)}")
     try:
         return response.json()
-    except ValueError:
+    except (ValueError, RecursionError):
+        if "json" in response.headers.get("Content-Type", ""):  # it was, when it left the server
+            raise _Retry(f"a broken reply, {response.text[-80:]!r} at its end") from None
         raise RunError(f"{response.url}: not JSON: {response.text[:200]!r}") from None
+
+
+def _read(response: httpx.Response, asked: Body) -> list[Completion] | None:
+    """The completions; None if the server does not know the model. RunError if a reply is wrong."""
+    if response.status_code == 404:
+        return None
+    try:
+        return _completions(_reply(response), asked)
+    except _Retry:
+        raise
+    except ValueError as error:
+        raise RunError(f"{response.url}: bad reply: {error}") from None
 
 
 def _completions(reply: Any, asked: Body) -> list[Completion]:
@@ -300,25 +379,29 @@ def _completions(reply: Any, asked: Body) -> list[Completion]:
     choices = reply.get("choices") if isinstance(reply, dict) else None
     if not isinstance(choices, list) or not all(isinstance(c, dict) for c in choices):
         raise ValueError("no choices")
+    if reply.get("model") != asked["model"]:
+        raise ValueError(f"model {reply.get('model')!r}, {asked['model']!r} was asked for")
     if len(choices) != asked["n"]:
         raise ValueError(f"{len(choices)} choices, {asked['n']} were asked for")
-    by_index = {choice.get("index"): choice for choice in choices}
-    if set(by_index) != set(range(asked["n"])):
-        raise ValueError(f"choices numbered {[c.get('index') for c in choices]}")
-    return [_completion(by_index[g], asked) for g in range(asked["n"])]
+    numbers = [choice.get("index") for choice in choices]
+    if any(numbers.count(g) != 1 for g in range(asked["n"])):
+        raise ValueError(f"choices numbered {numbers}")
+    return [_completion(choices[numbers.index(g)], asked) for g in range(asked["n"])]
 
 
 def _completion(choice: dict, asked: Body) -> Completion:
-    ids, reason = choice.get("token_ids"), choice.get("finish_reason")
-    logprobs = (choice.get("logprobs") or {}).get("token_logprobs")
+    ids, logprobs, reason = (choice.get(k) for k in ("token_ids", "logprobs", "finish_reason"))
+    logprobs = logprobs.get("token_logprobs") if isinstance(logprobs, dict) else None
+    if reason == "abort":  # as of a server that is being shut down
+        raise _Retry("the server aborted the request")
     if choice.get("prompt_token_ids") != asked["prompt"]:
         raise ValueError("prompt_token_ids are not those of the request")
-    if not ids or not all(type(token) is int and token >= 0 for token in ids):
+    if not isinstance(ids, list) or not ids or not all(map(_is_token, ids)):
         raise ValueError(f"token_ids: {str(ids)[:80]}")
-    if not logprobs or len(logprobs) != len(ids):
-        raise ValueError(f"{len(logprobs or [])} logprobs for {len(ids)} token_ids")
-    if not all(isinstance(x, float | int) and math.isfinite(x) for x in logprobs):
-        raise ValueError("a logprob is not a finite number")
+    if not isinstance(logprobs, list) or len(logprobs) != len(ids):
+        raise ValueError(f"token_logprobs of {len(ids)} token_ids: {str(logprobs)[:80]}")
+    if not all(map(_is_logprob, logprobs)):
+        raise ValueError(f"token_logprobs {str(logprobs)[:80]}: must be numbers from -9999 to 0")
     if reason not in ("stop", "length"):
         raise ValueError(f"finish_reason {reason!r}: must be stop or length")
     ends = [token in asked["stop_token_ids"] for token in ids]
@@ -333,3 +416,12 @@ def _completion(choice: dict, asked: Body) -> Completion:
             "--max-model-len is too small"
         )
     return Completion(ids, logprobs, reason)
+
+
+def _is_token(x: Any) -> bool:
+    return type(x) is int and 0 <= x < 2**31
+
+
+def _is_logprob(x: Any) -> bool:
+    """vLLM writes -9999 for minus infinity; rounding may leave a logprob a little above 0."""
+    return type(x) in (int, float) and -9999 < x < 0.01

@@ -23,14 +23,21 @@ from jgrpo.serve import command, environment, runs_on_cpu
 
 @contextlib.contextmanager
 def vllm_server(
-    model: Path, log_file: Path, *, extra: Sequence[str] = (), timeout_s: float = 300, **fields: Any
+    model: Path,
+    log_file: Path,
+    *,
+    extra: Sequence[str] = (),
+    timeout_s: float = 300,
+    url: str = "",
+    **fields: Any,
 ) -> Iterator[str]:
     """Yield the URL of a server for the model folder; stop it and its children afterwards.
 
     `fields` are those of Config (lora_r=4, max_tokens=64, ...), dtype is float32 unless given;
-    `extra` goes to vLLM. Raises RuntimeError with the end of the log if it does not come up.
+    `extra` goes to vLLM; `url`, if given, is that of a server that was there before. Raises
+    RuntimeError with the end of the log if it does not come up.
     """
-    url = f"http://127.0.0.1:{_free_port()}"
+    url = url or f"http://127.0.0.1:{_free_port()}"
     config = Config(**{"model_id": str(model), "dtype": "float32", "vllm_url": url, **fields})
     cpu = runs_on_cpu()
     small = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
@@ -91,7 +98,10 @@ def _group_is_gone(group: int, patience_s: float) -> bool:
 
 END = 1
 Reply = tuple[int, Any]
-"""Status and body (JSON, or raw bytes); status 0 drops the connection without an answer."""
+"""Status and body (JSON, or raw bytes)."""
+DROP, CUT = 0, -1
+"""In place of a status: drop the connection without an answer, or in the middle of the body."""
+UNKNOWN = {"error": {"message": "The model does not exist."}}
 
 
 def good_choice(asked: dict, g: int) -> dict:
@@ -115,7 +125,7 @@ class FakeVllm:
         self.change: Callable[[list[dict]], Any] = lambda choices: choices
         self.adapters: dict[str, str] = {}
         self.calls: list[tuple[str, dict]] = []
-        self.max_model_len = 64
+        self.base = {"id": "base", "parent": None, "root": "models/base", "max_model_len": 64}
         self.lock = threading.Lock()
 
     def answer(self, path: str, body: dict) -> Reply:
@@ -125,8 +135,11 @@ class FakeVllm:
         return fault or getattr(self, path.rsplit("/", 1)[1])(body)
 
     def models(self, _: dict) -> Reply:
-        base = {"id": "base", "parent": None, "max_model_len": self.max_model_len}
-        return 200, {"data": [base, *({"id": a, "parent": "base"} for a in self.adapters)]}
+        adapters = [{"id": name, "parent": self.base["id"]} for name in self.adapters]
+        return 200, {"data": [self.base, *adapters]}
+
+    def health(self, _: dict) -> Reply:
+        return 200, b""
 
     def load_lora_adapter(self, body: dict) -> Reply:
         name = body["lora_name"]
@@ -141,10 +154,12 @@ class FakeVllm:
         return 200, "Success"
 
     def completions(self, body: dict) -> Reply:
+        if body["model"] not in (self.base["id"], *self.adapters):
+            return 404, UNKNOWN
         # Prompt 10 is answered last, prompt 17 first: replies come in the opposite order.
         time.sleep(max(0, 17 - body["prompt"][0]) * 0.01)
         choices = [good_choice(body, g) for g in range(body["n"])]
-        return 200, {"choices": self.change(choices)}
+        return 200, {"model": body["model"], "choices": self.change(choices)}
 
     def bodies(self, path: str) -> list[dict]:
         return [body for called, body in self.calls if called == path]
@@ -164,14 +179,16 @@ def listening(fake: FakeVllm) -> Iterator[str]:
         def do_GET(self) -> None:
             size = int(self.headers.get("Content-Length", 0))
             status, reply = fake.answer(self.path, json.loads(self.rfile.read(size) or b"{}"))
-            if not status:
-                self.close_connection = True
+            self.close_connection = status in (DROP, CUT)
+            if status == DROP:
                 return
             data = reply if isinstance(reply, bytes) else json.dumps(reply).encode()
-            self.send_response(status)
+            self.send_response(200 if status == CUT else status)
+            if data.startswith(b"{"):
+                self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
-            self.wfile.write(data)
+            self.wfile.write(data[: len(data) // 2] if status == CUT else data)
 
         do_POST = do_GET
 
@@ -181,7 +198,9 @@ def listening(fake: FakeVllm) -> Iterator[str]:
     server = _Server(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
