@@ -49,6 +49,8 @@ def _wrong_values(c: Any) -> Iterator[str]:
         yield f"clip_eps={c.clip_eps}: must be between 0 and 1"
     if c.clip_eps_high is not None and not 0 < c.clip_eps_high < float("inf"):
         yield f"clip_eps_high={c.clip_eps_high}: must be positive, or None for clip_eps"
+    if c.max_mean_logprob_diff is not None and not 0 < c.max_mean_logprob_diff < float("inf"):
+        yield f"max_mean_logprob_diff={c.max_mean_logprob_diff}: must be positive, or None"
     if not 0 <= c.process_reward_weight <= 1:
         yield f"process_reward_weight={c.process_reward_weight}: must be between 0 and 1"
     if c.updates_per_epoch > 0 and c.n_prompts_per_step % c.updates_per_epoch:

@@ -156,6 +156,9 @@ class Config:
     max_logprob_diff: float = 0.5
     """Largest |logprob of the server - logprob of the trainer| of one token that the probe before
     the first step accepts (float32: 1e-3 is normal; bfloat16: 0.1)."""
+    max_mean_logprob_diff: float | None = None
+    """Largest mean of that gap (nats) over the tokens that a step trains on; a step above it is
+    not kept, and ends the run. None: 1e-3 in float32 (1e-6 is normal), 0.2 in bfloat16 (0.05)."""
     max_tokens: int = 1024
     """Tokens of a completion at most."""
     temperature: float = 1.0

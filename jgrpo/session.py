@@ -5,7 +5,7 @@ really samples from the adapter that it was given."""
 import os
 import shlex
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +38,9 @@ PROBE_SHARE = {"float32": 0.01, "bfloat16": 0.5}
 """Largest part of the probe's effect by which the sampler may miss it. An adapter that is ignored
 misses by all of it, one layer's projection that is left out by 0.08 and more; float32 rounding by
 1e-6, bfloat16 by 0.1 or more where the model is sure of its tokens."""
+
+LARGEST_MEAN_GAP = {"float32": 1e-3, "bfloat16": 0.2}
+"""max_mean_logprob_diff where it is not given: several times what rounding explains (nats)."""
 
 
 @dataclass(frozen=True)
@@ -234,7 +237,8 @@ def check_sampler(
     if to_probe.mean() > to_base.mean() * PROBE_SHARE[config.dtype]:
         raise RunError(
             f"the sampler does not follow the adapter: {figures}. Does the server hold the same "
-            f"base model ({config.model_id}) in the same dtype, and the whole adapter?"
+            f"base model ({config.model_id}) in the same dtype, and the whole adapter? Are its "
+            f"logprobs those after the temperature {config.temperature} (processed_logprobs)?"
         )
     if to_probe.max() > config.max_logprob_diff:
         raise RunError(
@@ -243,6 +247,26 @@ def check_sampler(
             "starts the server as the trainer needs it)"
         )
     return {name: float(value) for name, value in gaps.items()}
+
+
+def gap_problem(metrics: Mapping[str, float], config: Config) -> str | None:
+    """What is wrong if the sampler's logprobs of a step's tokens are further from the trainer's
+    than the dtype explains; None if nothing is (NaN is the trainer's own, the learner's to tell).
+
+    A gap that one update makes is too small for this: vllm.py tells adapters apart by name.
+    """
+    mean, largest = (metrics[f"sampler/logprob_diff_{name}"] for name in ("mean", "max"))
+    limit = config.max_mean_logprob_diff or LARGEST_MEAN_GAP[config.dtype]
+    if not mean > limit:
+        return None
+    return (
+        f"the completions are not the policy's: |logprob of the sampler - of the trainer| is "
+        f"{mean:.2g} on average and {largest:.2g} at most, above {limit} on average "
+        f"(max_mean_logprob_diff, {config.dtype}). Does the sampler hold another base model than "
+        f"{config.model_id}, another dtype, a stale or partial adapter, or give logprobs before "
+        "the temperature? (python -m jgrpo.serve starts the server as the trainer needs it.) If "
+        "that gap is normal for this model, raise --max_mean_logprob_diff"
+    )
 
 
 def _probe_adapter(policy: Policy, prompts: list[list[int]], config: Config) -> nnx.State:

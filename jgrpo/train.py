@@ -52,6 +52,7 @@ from jgrpo.session import (
     check_sampler,
     configure_jax,
     evaluate,
+    gap_problem,
     open_grader,
     open_policy,
     open_problems,
@@ -194,6 +195,8 @@ class Loop:
         with log.phase("training"):
             rows = rows_of(rollout, advantages, c.mask_truncated_completions)
             metrics = self.learner.learn(rows)
+        if problem := gap_problem(metrics, c):
+            raise RunError(f"step {step}: {problem}")
         with log.phase("export"):
             write_rollouts(self.run_dir, step, lines_of(rollout, parts, rewards, advantages))
         self.publish(step)

@@ -86,7 +86,7 @@ def another(field: dataclasses.Field) -> tuple[list[str], object]:
         "dtype": "float32", "rollout": "jax", "vllm_url": "http://x:1", "clip_eps": 0.5,
         "clip_eps_high": 0.3, "process_reward_weight": 0.25, "reward_function": "mine.py:reward",
         "loss_type": "gspo", "kl_to": "base", "kl_estimator": "k2", "lr_scheduler_type": "cosine",
-        "attn_implementation": "cudnn",
+        "attn_implementation": "cudnn", "max_mean_logprob_diff": 0.1,
     }  # fmt: skip
     value = values.get(name, default + 1 if isinstance(default, int | float) else f"other-{name}")
     return [f"--{name}", str(value)], value

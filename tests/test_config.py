@@ -37,6 +37,7 @@ BAD = [
     ("max_tokens", 0), ("max_prompt_tokens", 0), ("temperature", 0.0), ("temperature", -1.0),
     ("n_eval_prompts", 0), ("grader_timeout_s", 0.0), ("grader_workers", 0),
     ("vllm_timeout_s", -5.0), ("max_logprob_diff", 0.0),
+    ("max_mean_logprob_diff", 0.0), ("max_mean_logprob_diff", math.nan),
     ("attn_implementation", "flash"), ("dtype", "float16"), ("rollout", "sglang"),
     ("model_id", 7), ("run_dir", None),
     ("vllm_url", "localhost:8000"), ("vllm_url", "http://a:1, b:2"), ("vllm_url", ""),

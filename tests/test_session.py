@@ -2,8 +2,10 @@
 embedded sampler must pass it; and the text that is graded."""
 
 import json
+import math
 import shutil
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,8 +17,10 @@ from jgrpo import session
 from jgrpo.config import PROJECTIONS
 from jgrpo.errors import RunError
 from jgrpo.rollout import Completion
+from jgrpo.rundir import read_metrics
 from jgrpo.sampler import JaxSampler
-from jgrpo.session import check_sampler, open_policy, open_problems, open_sampler
+from jgrpo.session import check_sampler, gap_problem, open_policy, open_problems, open_sampler
+from jgrpo.train import train
 
 BLOCK = {name: "self_attn" if name[0] in "qkvo" else "mlp" for name in PROJECTIONS}
 
@@ -106,6 +110,34 @@ def test_in_float32_the_probe_sees_a_scale_that_is_five_percent_off(parts, tmp_p
         probe(parts, tmp_path)
 
 
+def raw_logprobs(monkeypatch, policy) -> None:
+    """Have the sampler give logprobs before the temperature, as vLLM does by itself."""
+    real_sample = JaxSampler.sample
+
+    def sample(self, prompts, **options):
+        groups = real_sample(self, prompts, **options)
+        flat = [(p, c) for p, group in zip(prompts, groups, strict=True) for c in group]
+        both = [list(p) for p, _ in flat], [c.token_ids for _, c in flat]
+        raw = iter(session._logprobs(policy, self.adapter, *both, 1.0).tolist())
+        return [
+            [replace(c, logprobs=[next(raw) for _ in c.logprobs]) for c in group]
+            for group in groups
+        ]
+
+    monkeypatch.setattr(JaxSampler, "sample", sample)
+
+
+@pytest.mark.parametrize(("dtype", "temperature"), [("float32", 1.5), ("bfloat16", 0.5)])
+def test_logprobs_from_before_the_temperature_are_caught(
+    dtype, temperature, root, tmp_path, monkeypatch
+):
+    parts = open_parts(tiny_config(root, dtype=dtype, temperature=temperature))
+    probe(parts, tmp_path)
+    raw_logprobs(monkeypatch, parts[1])
+    with pytest.raises(RunError, match="processed_logprobs"):
+        probe(parts, tmp_path)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_probe_works_on_fresh_random_weights(dtype, root, tmp_path):
     """As transformers makes them: logits so small that no adapter can shift them by 0.3 nats."""
@@ -141,3 +173,45 @@ def test_the_grader_s_workers_end_with_the_stack(root):
     with ExitStack() as stack:
         grader = session.open_grader(tiny_config(root), stack)
         assert grader.grade([["\\boxed{7}", "\\boxed{8}"]], ["7"]).correct.tolist() == [[1.0, 0.0]]
+
+
+# -- the gap at each step ---------------------------------------------------------------------
+
+
+def gap(mean: float, largest: float = 9.0) -> dict[str, float]:
+    return {"sampler/logprob_diff_mean": mean, "sampler/logprob_diff_max": largest}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "limit", "fine", "wrong"),
+    [("float32", None, 1e-5, 0.01), ("bfloat16", None, 0.1, 0.3), ("float32", 0.5, 0.4, 0.6)],
+)
+def test_a_gap_that_the_dtype_does_not_explain_is_told_with_its_causes(
+    dtype, limit, fine, wrong, root
+):
+    config = tiny_config(root, dtype=dtype, max_mean_logprob_diff=limit)
+    assert gap_problem(gap(fine), config) is None
+    assert gap_problem(gap(math.nan), config) is None  # the learner's own trouble
+    told = gap_problem(gap(wrong), config)
+    for words in (f"{wrong} on average", "9 at most", "base model", "stale", "temperature",
+                  "raise --max_mean_logprob_diff"):  # fmt: skip
+        assert words in told
+
+
+def test_a_step_whose_samples_are_another_policy_s_is_not_kept(root, monkeypatch):
+    """The sampler keeps adapter 1 for ever; steps 1 and 2 are right."""
+    real = JaxSampler.load
+
+    def load(self, folder: Path) -> None:
+        if folder.name <= "step_000001" or folder.name == "probe":
+            real(self, folder)
+
+    monkeypatch.setattr(JaxSampler, "load", load)
+    config = tiny_config(root, lr=2e-2, n_grpo_steps=3, eval_every=0)
+    with pytest.raises(RunError, match=r"step 3: the completions are not the policy's") as error:
+        train(config)
+    run = Path(str(error.value).split()[-1])
+    assert [row["step"] for row in read_metrics(run)] == [1, 2]
+    assert sorted(f.stem for f in (run / "rollouts").iterdir()) == ["step_000001", "step_000002"]
+    assert [f.name for f in sorted((run / "adapters").iterdir())][-1] == "step_000002"
+    assert "stopped after step 2" in str(error.value)
