@@ -4,11 +4,13 @@ and what the server says of its samples equals what the trainer computes, at eve
 Skipped without vLLM; the real problems are skipped without the folder that has them.
 """
 
+import contextlib
 import dataclasses
 import importlib.util
 import os
 import shutil
 import signal
+import threading
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,7 @@ from jgrpo.config import Config
 from jgrpo.errors import RunError
 from jgrpo.rundir import read_metrics
 from jgrpo.train import train
+from jgrpo.vllm import VllmSampler
 
 pytestmark = [
     pytest.mark.usefixtures("shared_compilation_cache"),
@@ -106,9 +109,9 @@ def config(tmp_path_factory):
     return tiny_config(root, **options)
 
 
-def served(config: Config, log: Path):
+def served(config: Config, log: Path, url: str = ""):
     return vllm_server(
-        Path(config.model_id), log, lora_r=config.lora_r, max_tokens=config.max_tokens,
+        Path(config.model_id), log, url=url, lora_r=config.lora_r, max_tokens=config.max_tokens,
         max_prompt_tokens=config.max_prompt_tokens,
     )  # fmt: skip
 
@@ -216,26 +219,65 @@ def test_a_server_that_holds_another_base_is_found_out(config, url, tmp_path):
         train(other)
 
 
-def test_a_server_that_dies_ends_the_run_with_a_checkpoint(config, url, run, monkeypatch):
-    """The last test with this server, because it kills it."""
-    psutil = pytest.importorskip("psutil")
-    real, calls = train_module.group_advantages, []
+def kill_in_step(step: int, url: str, monkeypatch) -> threading.Event:
+    """Have the server killed once the first completions of `step` have come; set when it is done.
 
-    def and_kill(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == 2:
-            port = urlsplit(url).port
+    SIGKILL goes to the server's own process; its engine follows it.
+    """
+    psutil = pytest.importorskip("psutil")
+    real, killed, port = VllmSampler._complete, threading.Event(), urlsplit(url).port
+
+    async def complete(self, client, url, body, lock):
+        completions = await real(self, client, url, body, lock)
+        sampled = self._path.endswith(f"step_{step - 1:06d}") and body["temperature"] > 0
+        if sampled and not killed.is_set():
             for c in psutil.net_connections("tcp"):
                 if c.laddr.port == port and c.status == psutil.CONN_LISTEN and c.pid:
                     os.kill(c.pid, signal.SIGKILL)
-        return real(*args, **kwargs)
+            killed.set()
+        return completions
 
-    monkeypatch.setattr(train_module, "group_advantages", and_kill)
-    with pytest.raises(RunError, match=r"jgrpo\.serve[^$]*stopped after step 1; to go on: ") as e:
-        train(dataclasses.replace(config, vllm_url=url, vllm_timeout_s=3.0))
-    checkpoints = Checkpoints(Path(str(e.value).split()[-1]))
+    monkeypatch.setattr(VllmSampler, "_complete", complete)
+    return killed
+
+
+def test_a_killed_server_ends_the_run_with_a_checkpoint_or_is_waited_for(
+    config, url, run, monkeypatch, tmp_path, capsys
+):
+    """The last test with this server, because it kills it: first for longer than the run waits,
+    then, as the run is resumed, again, and this time it comes back."""
+    config = dataclasses.replace(config, vllm_url=url, vllm_timeout_s=3.0)
+    message = r"jgrpo\.serve[^$]*stopped after step 1; to go on: "
+    with monkeypatch.context() as patch:
+        kill_in_step(2, url, patch)
+        with pytest.raises(RunError, match=message) as error:
+            train(config)
+    stopped = Path(str(error.value).split()[-1])
+    checkpoints = Checkpoints(stopped)
     assert checkpoints.latest_step() == 1
     checkpoints.close()
+
+    with contextlib.ExitStack() as stack, served(config, tmp_path / "log", url=url):
+        killed = kill_in_step(3, url, monkeypatch)
+
+        def start_again() -> None:
+            if killed.wait(120):
+                stack.enter_context(served(config, tmp_path / "log again", url=url))
+
+        starter = threading.Thread(target=start_again)
+        starter.start()
+        stack.callback(starter.join)
+        train(dataclasses.replace(config, vllm_timeout_s=300.0), resume=stopped)
+        assert killed.is_set()
+        assert adapters_on(url) == []
+    check_files(stopped, STEPS)
+    assert all(row["sampler/logprob_diff_max"] < 1e-3 for row in steps_of(stopped))
+    for name in (f"step_{step:06d}.jsonl" for step in range(1, STEPS + 1)):
+        rows = [read_lines(folder / "rollouts" / name) for folder in (run, stopped)]
+        assert [row["prompt"] for row in rows[0]] == [row["prompt"] for row in rows[1]]
+    told = capsys.readouterr().out
+    assert "still trying, for 300 s more" in told
+    assert told.count("lost our adapter") == 1
 
 
 # -- real problems, with the real tokenizer ---------------------------------------------------
