@@ -88,6 +88,12 @@ def training_memory(config: Config, policy: Policy, prompt_lengths: Sequence[int
     )
 
 
+def is_small(policy: Policy) -> bool:
+    """Does the model take so little of the free memory that its training need not be tried?"""
+    free = free_memory()
+    return free is None or 50 * _size(policy.base) < free
+
+
 def _size(tree) -> int:
     return sum(x.size * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
 

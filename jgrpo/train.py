@@ -31,7 +31,14 @@ from jgrpo.collect import Collector, Rollout
 from jgrpo.config import Config
 from jgrpo.grader import Grader
 from jgrpo.learner import Learner
-from jgrpo.memory import KNOBS, free_memory, ran_out, training_memory
+from jgrpo.memory import (
+    KNOBS,
+    free_memory,
+    is_small,
+    largest_micro_batch,
+    ran_out,
+    training_memory,
+)
 from jgrpo.plot import draw
 from jgrpo.rewards import combine, custom_rewards, length_penalty
 from jgrpo.rollout import Sampler
@@ -159,6 +166,8 @@ class Loop:
         """Everything before the next step: self-tests, the probe, the adapter, its evaluation (if
         the run was not stopped after it)."""
         self.grader.self_test()
+        if not is_small(self.policy):
+            self.rehearse()
         probe = self.run_dir / "adapters" / "probe"
         with self.log.phase("probe"):
             gaps = check_sampler(self.config, self.policy, self.sampler, self.problems, probe)
@@ -175,6 +184,15 @@ class Loop:
         rows = read_metrics(self.run_dir)
         if not any(row["step"] == first and "eval/accuracy" in row for row in rows):
             self.evaluate_if_due(first)
+
+    def rehearse(self) -> None:
+        """Train on the largest micro-batch that can come, and forget it: what does not fit into
+        memory shows before anything is sampled."""
+        lengths = [len(problem.prompt_ids) for problem in self.problems.train]
+        batch = largest_micro_batch(self.config, lengths)
+        with self.log.phase("rehearsal"):
+            learner, (adapter, _) = self.learner, self.learner.state
+            jax.block_until_ready(learner.update.gradient(adapter, learner.base, [batch], 1.0))
 
     def run(self, first: int) -> None:
         for step in range(first + 1, self.config.n_grpo_steps + 1):

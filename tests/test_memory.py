@@ -8,14 +8,25 @@ from pathlib import Path
 import jax
 import pytest
 from jax.errors import JaxRuntimeError
-from tiny_run import tiny_config, write_base, write_config_file, write_problems
+from tiny_run import (
+    comparable,
+    final_adapter,
+    same_bits,
+    tiny_config,
+    write_base,
+    write_config_file,
+    write_problems,
+)
 
+from jgrpo import memory as memory_module
 from jgrpo import train as train_module
 from jgrpo.adapter import adapter_arrays
 from jgrpo.errors import RunError
 from jgrpo.memory import free_memory, largest_micro_batch, ran_out, training_memory
+from jgrpo.rundir import read_metrics
 from jgrpo.session import open_policy
 from jgrpo.train import train
+from jgrpo.update import Update
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("shared_compilation_cache")
@@ -113,6 +124,45 @@ def test_running_out_of_memory_ends_the_run_with_the_knobs_and_a_checkpoint(root
     assert re.match(r"out of memory: a smaller --micro_batch_size.*RESOURCE_EXHAUSTED",
                     str(error.value))  # fmt: skip
     assert "stopped after step 1; to go on: python -m jgrpo.train --resume" in str(error.value)
+
+
+def test_a_model_that_is_not_small_tries_its_largest_micro_batch_before_it_samples(
+    root, monkeypatch
+):
+    """And forgets it: the run is the one without."""
+    plain = train(tiny_config(root, eval_every=0))
+    monkeypatch.setattr(memory_module, "free_memory", lambda: 10**6)
+    seen, probe, gradient = [], train_module.check_sampler, Update.gradient
+
+    def probed(*args):
+        seen.append("probe")
+        return probe(*args)
+
+    def rehearsed(*args):
+        seen.append(args[3])
+        return gradient(*args)
+
+    monkeypatch.setattr(train_module, "check_sampler", probed)
+    monkeypatch.setattr(Update, "gradient", rehearsed)
+    run = train(tiny_config(root, eval_every=0))
+    [batch], last = seen
+    assert last == "probe"
+    longest = largest_micro_batch(tiny_config(root), [18] * 4)
+    assert [x.shape for x in batch] == [x.shape for x in longest]
+    assert same_bits(final_adapter(run), final_adapter(plain))
+    assert comparable(read_metrics(run)) == comparable(read_metrics(plain))
+
+
+def test_a_micro_batch_that_does_not_fit_ends_the_run_before_anything_is_sampled(root, monkeypatch):
+    monkeypatch.setattr(memory_module, "free_memory", lambda: 10**6)
+
+    def gradient(*_):
+        raise JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 5 bytes.")
+
+    monkeypatch.setattr(Update, "gradient", gradient)
+    monkeypatch.setattr(train_module, "check_sampler", None)  # nobody comes so far
+    with pytest.raises(RunError, match="out of memory: a smaller --micro_batch_size"):
+        train(tiny_config(root))
 
 
 def test_only_that_is_out_of_memory():
