@@ -107,7 +107,7 @@ def read_config(folder: Path) -> AdapterConfig:
         rank, alpha, targets = peft["r"], peft["lora_alpha"], peft["target_modules"]
     except FileNotFoundError:
         raise InputError(f"{folder} is no PEFT adapter: it has no {CONFIG_FILE}") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{file} is damaged: {type(error).__name__}: {error}") from None
     odd = [k for k, plain in UNSUPPORTED.items() if peft.get(k) not in (plain, None)]
     if str(peft.get("init_lora_weights")).startswith(INIT_CHANGES_BASE):
@@ -115,9 +115,13 @@ def read_config(folder: Path) -> AdapterConfig:
     if odd or not isinstance(targets, list):
         what = ", ".join(f"{k}={peft[k]!r}" for k in odd) or f"target_modules={targets!r}"
         raise InputError(f"{file}: only plain LoRA with a list of targets is read, not {what}")
+    for name, value, types in (("r", rank, (int,)), ("lora_alpha", alpha, (int, float))):
+        if type(value) not in types or not 0 < value < 2**31:
+            raise InputError(f"{file} is damaged: {name}={value!r}: must be a positive number")
     if peft.get("use_rslora"):  # PEFT then scales by alpha / sqrt(r)
         alpha = alpha * math.sqrt(rank)
-    if unknown := sorted(set(targets) - set(PROJECTIONS)):
+    unknown = [t for t in targets if t not in PROJECTIONS]
+    if unknown or not targets:
         raise InputError(f"{file}: target_modules {unknown} are none of {', '.join(PROJECTIONS)}")
     return AdapterConfig(rank, alpha, tuple(targets))
 

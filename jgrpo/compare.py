@@ -49,7 +49,7 @@ def read_rollouts(file: Path, group_size: int) -> list[Line]:
     try:
         lines = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
         prompts = [line["prompt_ids"] for line in lines]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{file}: not a rollouts file: {error!r}") from error
     groups = [prompts[i : i + group_size] for i in range(0, len(prompts), group_size)]
     if not groups or any(g != [g[0]] * group_size for g in groups):

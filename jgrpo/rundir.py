@@ -137,7 +137,7 @@ def read_config(run_dir: str | Path) -> dict[str, Any]:
         content = json.loads(file.read_text("utf-8"))
     except OSError as error:
         raise InputError(f"{run_dir}: not a run folder: {error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{file}: not JSON: {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
         raise InputError(f'{file}: has no "config": not written by jgrpo.train')
@@ -185,8 +185,10 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     for n, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-            rows.append({"step": int(row["step"]), **row})
-        except (ValueError, TypeError, KeyError):
+            if type(row["step"]) is not int:
+                raise TypeError
+            rows.append(row)
+        except (ValueError, TypeError, KeyError, RecursionError):
             if line.strip() and n < len(lines):
                 raise InputError(
                     f"{file}, line {n}: not a metrics line: {line!r:.80}; remove it"
