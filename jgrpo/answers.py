@@ -166,7 +166,7 @@ def _same(a: str, b: str, leaf: _Leaf) -> bool | None:
         kind_a, parts_a = parts(a)
         kind_b, parts_b = parts(b)
     if kind_a == kind_b == "":
-        return leaf(a, b)
+        return leaf(parts_a[0], parts_b[0])
     if kind_a != kind_b or len(parts_a) != len(parts_b):
         return False
     if kind_a in ("set", "union"):
