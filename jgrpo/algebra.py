@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from fractions import Fraction
 
-from jgrpo.latex import GROUP
+from jgrpo.latex import GROUP, depths
 
 _UNSAFE = re.compile(  # long integers, factorials, 9^9^9, high roots, bases, binomials
     r"[0-9]{40}|[0-9]{3}!|[^0-9]!|!!|\^[^{]\^|\\sqrt\[[0-9]{3}|[0-9]_"
@@ -71,28 +71,28 @@ def is_safe(s: str) -> bool:
         or _UNSAFE.search(s)
     ):
         return False
-    depth = depth_max = 0
-    for c in s:
-        depth += (c in "{([") - (c in "})]")
-        depth_max = max(depth_max, depth)
+    n_open, depth = depths(s)
     powers = [(s[: m.start()], m[1]) for m in re.finditer(rf"\^({GROUP}|[0-9])", s)]
-    return depth == 0 and depth_max <= 12 and _powers_are_small(powers)
+    return n_open == 0 and depth <= 12 and _powers_are_small(powers)
 
 
 def _powers_are_small(powers: list[tuple[str, str]]) -> bool:
-    """Bound what expanding could cost: numeric exponents, and products of those on brackets."""
-    product = 1
+    """Bound what expanding could cost: digits of numbers, and products of exponents on brackets."""
+    product, n_digits_max = 1, 1
     for before, exponent in powers:
         if exponent.count("^") > 1 or ("^" in exponent and not variables(exponent)):
             return False
         size = 1
         for digits in re.findall(r"[0-9]+", exponent):
             size *= int(digits[:9]) or 1
-        if size > (10_000 if before[-1:].isdigit() else 100):
+        base = re.search(r"[0-9.]*$", before)
+        n_digits = size * len(base[0]) if base else 0
+        if n_digits > 10_000 or (not n_digits and size > 100):
             return False
+        n_digits_max = max(n_digits_max, n_digits)
         if not before[-1:].isalnum():
             product *= size
-    return product <= 200
+    return product <= 200 and (product == 1 or product * n_digits_max <= 2000)
 
 
 def _read_number(_: object, text: str) -> object:

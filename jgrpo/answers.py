@@ -14,10 +14,13 @@ from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 
 from jgrpo.algebra import OutOfTime, deadline, is_safe, same_by_algebra, variables
-from jgrpo.latex import MAX_CHARS, named, normalize, parts, split
+from jgrpo.latex import MAX_CHARS, depths, named, normalize, parts, split
 
 IN_PROCESS_LIMIT_S = 5.0
 """Seconds that `is_correct` may spend in sympy."""
+
+MAX_DEPTH = 40
+"""Answers with brackets nested deeper are compared as text alone."""
 
 _BOX = re.compile(
     r"\\{1,2}(?:boxed|fbox)(?![A-Za-z])"
@@ -140,7 +143,7 @@ def _same(a: str, b: str, leaf: _Leaf) -> bool | None:
         return False
     if _plain(a) == _plain(b):
         return True
-    if max(len(a), len(b)) > MAX_CHARS:
+    if max(len(a), len(b)) > MAX_CHARS or max(depths(a)[1], depths(b)[1]) > MAX_DEPTH:
         return False
     # `1,000` is a number or a list of two; either reading may be the one that agrees.
     joined_a, joined_b = (s.replace(",", "") if _THOUSANDS.fullmatch(s) else s for s in (a, b))

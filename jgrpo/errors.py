@@ -19,6 +19,14 @@ class RunError(RuntimeError):
     """A run that cannot go on (server gone, disk full): exit status 1."""
 
 
+def printable(text: str, encoding: str = "utf-8") -> str:
+    """The text with whatever could steer a terminal (or cannot be shown on it) as an escape."""
+    safe = "".join(
+        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text
+    )
+    return safe.encode(encoding, "backslashreplace").decode(encoding)
+
+
 @contextlib.contextmanager
 def exit_status() -> Iterator[None]:
     """Turn the errors above into one message on stderr and an exit status, without a traceback;
@@ -26,7 +34,8 @@ def exit_status() -> Iterator[None]:
     try:
         yield
     except (InputError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        # A message quotes servers, files and rows.
+        print(printable(f"error: {error}", sys.stderr.encoding or "utf-8"), file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
     except KeyboardInterrupt:
         sys.exit(130)

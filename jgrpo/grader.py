@@ -110,6 +110,9 @@ class _Worker:
 
         Raises RunError if the worker cannot start.
         """
+        if self._ready and self.process.poll() is not None:  # killed between two checks
+            self.stop()
+            self._start()
         if not self._ready:
             line = self._read_line(START_LIMIT_S)
             if line != "ready":

@@ -118,6 +118,15 @@ def split(s: str, separator: str) -> list[str]:
     return [*pieces, s[start:].strip()]
 
 
+def depths(s: str) -> tuple[int, int]:
+    """Return how many brackets are left open at the end, and how many are at most."""
+    n_open = n_most = 0
+    for match in re.finditer(r"[{(\[]|[})\]]", s):
+        n_open += 1 if match[0] in "{([" else -1
+        n_most = max(n_most, n_open)
+    return n_open, n_most
+
+
 def closing(s: str) -> int:
     """Return the index of the bracket that closes the first one in `s`, or -1."""
     depth = 0

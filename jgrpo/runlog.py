@@ -29,7 +29,7 @@ from rich.progress import (
 from rich.text import Text
 from tensorboardX import SummaryWriter
 
-from jgrpo.errors import RunError
+from jgrpo.errors import RunError, printable
 from jgrpo.rollout import Progress as Advance
 from jgrpo.rundir import json_line, jsonable, truncate_metrics
 
@@ -48,14 +48,6 @@ LEGEND = (
     "acc, reward, len: means of the step's completions (len in tokens)\n"
     "gap: mean |sampler logprob - trainer logprob|; tok/s: trained tokens per second"
 )
-
-
-def printable(text: str, encoding: str = "utf-8") -> str:
-    """The text with whatever could steer a terminal (or cannot be shown on it) as an escape."""
-    safe = "".join(
-        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text
-    )
-    return safe.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def is_evaluation(tag: str) -> bool:

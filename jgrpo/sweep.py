@@ -27,7 +27,7 @@ from rich.progress import (
 )
 
 from jgrpo.config import Config
-from jgrpo.errors import InputError, RunError
+from jgrpo.errors import InputError, RunError, printable
 from jgrpo.rundir import jsonable, read_config, read_metrics, write_whole
 from jgrpo.variants import Variant
 
@@ -105,7 +105,7 @@ def run_all(jobs: Sequence[Job], n_workers: int, console: Console) -> None:
                 job = futures[future]
                 if problem := future.result():
                     failed[f"{job.variant}, seed {job.seed}"] = problem
-                    bar.console.print(f"failed: {job.folder}: {problem}", markup=False)
+                    bar.console.print(printable(f"failed: {job.folder}: {problem}"), markup=False)
                 bar.advance(task)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)

@@ -5,7 +5,7 @@ adapter -> the sampler loads it. Step k samples with adapter k - 1 and gives ada
 """
 
 from jgrpo import cli
-from jgrpo.errors import RunError, exit_status, no_more_interrupts
+from jgrpo.errors import RunError, exit_status, no_more_interrupts, printable
 
 if __name__ == "__main__":  # before JAX is imported: help and mistakes are answered at once
     cli.tune_allocator()
@@ -126,7 +126,7 @@ def dry_run(config: Config) -> None:
     lengths = [len(problem.prompt_ids) for problem in problems.train]
     memory = training_memory(config, policy, lengths)
     for line in (*problems.report, *without_effect(config), memory.table(free_memory())):
-        print(line)
+        print(printable(line))
 
 
 class Loop:

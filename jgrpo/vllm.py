@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, TypeVar
 import httpx
 import tenacity
 
-from jgrpo.errors import RunError
+from jgrpo.errors import RunError, printable
 from jgrpo.rollout import Completion, Progress
 
 T = TypeVar("T")
@@ -345,9 +345,10 @@ def _run(work: Callable[[httpx.AsyncClient], Iterable[Coroutine[Any, Any, T]]]) 
 def _words(response: httpx.Response) -> str:
     """The server's own explanation of a refusal."""
     try:
-        return str(response.json()["error"]["message"])
+        words = str(response.json()["error"]["message"])
     except (ValueError, KeyError, TypeError, RecursionError):
-        return response.text[:500]
+        words = response.text
+    return printable(words[:500])
 
 
 def _reply(response: httpx.Response) -> Any:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from answer_cases import HOSTILE
 
 from jgrpo import grader as module
 from jgrpo.errors import RunError
@@ -89,19 +90,35 @@ def test_equal_pairs_are_checked_once(grader, monkeypatch):
     assert checked == [ROOT]
 
 
-def test_hostile_text_reaches_and_leaves_the_workers(grader):
-    hostile = [
-        "\ud800",
-        "\x00\n",
-        "9^{9^{9^9}}",
-        "{" * 10_000,
-        "x\n\n+1",
-        '"',
-        "\\",
-        "x=\\sqrt{y\n}",
-    ]
-    grades = grader.grade([boxed(*hostile)], ["x^2+y"])
+def test_hostile_answers_are_wrong_and_hurt_no_worker(grader):
+    golds = ["x^2+y", "5", r"\frac{\sqrt3}{2}"]
+    pids = [worker.process.pid for worker in grader._workers]
+    grades = grader.grade([[*boxed(*HOSTILE), *HOSTILE]] * len(golds), golds)
     assert not grades.correct.any()
+    # Each of these is a worker that had to be killed, 1 s into its check: the guards let few pass.
+    assert grades.timeouts <= 3
+    assert len(set(pids) - {worker.process.pid for worker in grader._workers}) <= grades.timeouts
+    assert grader.grade([boxed(ROOT.answer)], [ROOT.gold]).correct.all()
+
+
+def test_a_worker_that_wants_too_much_memory_gets_none(monkeypatch):
+    greedy = (
+        "answers.same_symbolically = lambda *_: bytearray(memory_bytes)\nfor line in sys.stdin:"
+    )
+    monkeypatch.setattr(module, "_WORKER", module._WORKER.replace("for line in sys.stdin:", greedy))
+    with Grader(max_workers=1, timeout_s=30) as grader:
+        pid = grader._workers[0].process.pid
+        for _ in range(2):
+            assert grader.grade([boxed(ROOT.answer)], [ROOT.gold]).errors == 1
+        assert grader._workers[0].process.pid == pid  # a MemoryError inside, and it goes on
+
+
+def test_a_worker_killed_between_two_checks_costs_no_answer(grader):
+    for worker in grader._workers:
+        os.kill(worker.process.pid, signal.SIGKILL)
+        worker.process.wait()
+    grades = grader.grade([boxed(ROOT.answer, "0+" + ROOT.answer)], [ROOT.gold])
+    assert grades.correct.all()
     assert grades.errors == grades.timeouts == 0
 
 

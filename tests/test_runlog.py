@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
-from jgrpo.errors import RunError
+from jgrpo.errors import RunError, exit_status
 from jgrpo.runlog import RunLog, printable
 
 STEP = {
@@ -198,6 +198,12 @@ def test_text_of_the_data_cannot_steer_the_terminal(tmp_path):
     with RunLog(tmp_path, 1, console=console) as log:
         log.info(hostile)
     assert shown(console) == printable(hostile) + "\n"
+
+
+def test_an_error_that_quotes_a_server_cannot_steer_the_terminal(capsys):
+    with pytest.raises(SystemExit), exit_status():
+        raise RunError("http://server: \x1b]0;owned\x07 \x1b[2J")
+    assert capsys.readouterr().err == r"error: http://server: \x1b]0;owned\x07 \x1b[2J" + "\n"
 
 
 def test_a_full_disk_is_one_message(tmp_path):
