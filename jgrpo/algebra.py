@@ -17,7 +17,7 @@ from fractions import Fraction
 from jgrpo.latex import GROUP, depths
 
 _UNSAFE = re.compile(  # long integers, factorials, 9^9^9, high roots, bases, binomials
-    r"[0-9]{40}|[0-9]{3}!|[^0-9]!|!!|\^[^{]\^|\\sqrt\[[0-9]{3}|[0-9]_"
+    r"[0-9]{40}|[0-9]{3}!|[^0-9]!|!!|\^[^{]\^|\\sqrt\[[0-9]{3}|(?<!\\log)_"
     r"|[0-9][eE][-+]?[0-9]{3}|\\binom[^A-Za-z]*[0-9]{4}"
 )
 _FUNCTIONS = frozenset(
@@ -65,7 +65,7 @@ def is_safe(s: str) -> bool:
     functions = [c for c in commands if c in _FUNCTIONS]
     if (
         len(s) > 300
-        or not re.fullmatch(r"[0-9A-Za-z+\-/^=<>().{}\[\]|! \\]*", s)
+        or not re.fullmatch(r"[0-9A-Za-z+\-/^=<>().{}\[\]|! \\_]*", s)
         or not _COMMANDS.issuperset(commands)
         or len(functions) > 4
         or _UNSAFE.search(s)

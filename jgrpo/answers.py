@@ -32,7 +32,8 @@ _BARE_BOX_END = re.compile(r"\$|\n|\\\)|\\\]|$")
 _DECIMAL = r"[0-9]+(?:\.[0-9]*)?"
 _NUMBER = re.compile(
     rf"(?P<sign>[-+]?)(?:(?P<whole>[0-9]*)\\frac\{{(?P<a>-?{_DECIMAL})\}}\{{(?P<b>-?{_DECIMAL})\}}"
-    rf"|(?P<c>{_DECIMAL})(?:/(?P<d>{_DECIMAL})|\\cdot10\^\{{?(?P<e>-?[0-9]{{1,3}})\}}?)?)"
+    rf"|(?P<c>{_DECIMAL})(?:/(?P<d>{_DECIMAL})|\\cdot10\^\{{?(?P<e>-?[0-9]{{1,3}})\}}?"
+    r"|\\(?:overline|bar)\{?(?P<period>[0-9]+)\}?)?)"
 )
 _THOUSANDS = re.compile(r"[^0-9,()\[\]{}]*[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?(?![0-9])[^0-9,]*")
 _UNITS = {
@@ -203,13 +204,13 @@ def _same_unordered(a: Sequence[str], b: Sequence[str], leaf: _Leaf) -> bool | N
 
 
 def _plain(s: str) -> str:
-    return s.replace('"', "").replace("%", "")
+    return s.replace('"', "").replace("%", "").replace(",~", ",")
 
 
 def _same_scalar(a: str, b: str) -> bool | None:
     """Compare two scalars as strings, numbers, words; None: needs algebra, and is safe for it."""
-    (value_a, unit_a), (value_b, unit_b) = _unit(a), _unit(b)
-    if unit_a and unit_b and unit_a != unit_b:
+    (value_a, *unit_a), (value_b, *unit_b) = _unit(a), _unit(b)
+    if any(x and y and x != y for x, y in zip(unit_a, unit_b, strict=True)):
         return False
     if _plain(value_a) == _plain(value_b) != "":
         return True
@@ -229,29 +230,35 @@ def _same_scalar(a: str, b: str) -> bool | None:
     return None
 
 
-def _unit(s: str) -> tuple[str, str]:
-    r"""`5 cm` -> ("5", "cm"); a unit that is no measure (`5 edges`) is dropped: ("5", "")."""
+def _unit(s: str) -> tuple[str, str, str]:
+    r"""`5 cm^2` -> ("5", "cm", "2"); of a unit that is no measure (`5 edges`) the name is dropped:
+    ("5", "", "")."""
     match = _UNIT.fullmatch(s)
     if not match or not re.search(r"[0-9}]", match["value"]):
-        return s, ""
+        return s, "", ""
     word = (match["text"] or match["bare"] or "").strip(" .").lower()
     squared, cubed = re.subn(r"^(?:square|sq\.?) ?", "", word), re.subn(r"^cubic ?", "", word)
     power = match["power"] or ("2" if squared[1] else "3" if cubed[1] else "")
     known = _UNITS.get(squared[0] if squared[1] else cubed[0])
     if match["bare"] and not known and len(word) < 4:
-        return s, ""
-    return match["value"].strip(), f"{known}^{power}" if known else ""
+        return s, "", ""
+    return match["value"].strip(), known or "", power or ("1" if known else "")
 
 
 def _number(s: str) -> Fraction | None:
-    """Return the exact value of a plain number (also a/b, mixed, a.10^b, percent), else None."""
+    """Return the exact value of a plain number (also a/b, mixed, a.10^b, percent, with a period),
+    else None."""
     match = _NUMBER.fullmatch(s.removesuffix("%")) if len(s) <= MAX_CHARS else None
-    if not match:
+    if not match or (match["period"] and "." not in match["c"]):
         return None
     try:
         if match["c"]:
             value = Fraction(match["c"].rstrip(".")) / Fraction((match["d"] or "1").rstrip("."))
             value *= Fraction(10) ** int(match["e"] or 0)
+            if match["period"]:
+                n_places = len(match["c"].partition(".")[2])
+                nines = 10 ** len(match["period"]) - 1
+                value += Fraction(int(match["period"]), nines * 10**n_places)
         else:
             value = Fraction(match["a"].rstrip(".")) / Fraction(match["b"].rstrip("."))
             value += int(match["whole"] or 0)

@@ -32,22 +32,26 @@ _REWRITES = tuple(
             r"\{([^{}]*)\}",
             r'"\1"',  # in quotes from here on: may be a unit
         ),
+        (r"\^ ?(?:\{ ?\\circ ?\}|\\circ(?![A-Za-z]))|\\degree(?![A-Za-z])", ""),
         (r'" ?,? ?(?:and|or) ?"|(?<=[^A-Za-z"]) (?:and|or) ', ","),
         (r'"([^"]*,[^"]*)"', r"\1"),
         (r", ?,", ","),
-        (r"\^ ?(?:\{ ?\\circ ?\}|\\circ(?![A-Za-z]))|\\degree(?![A-Za-z])", ""),
         (r"\\%| ?\b[pP]ercent\b", "%"),
         (r"(?<![A-Za-z\\])sqrt ?\(([^()]*)\)", r"\\sqrt{\1}"),
         (r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi "),
         (r"\\sqrt ?([0-9A-Za-z]|\\pi)", r"\\sqrt{\1}"),
         (r"\\frac ?([0-9A-Za-z]|\\pi)", r"\\frac{\1}"),
         (rf"\\frac({GROUP}) ?([0-9A-Za-z]|\\pi)", r"\\frac\1{\2}"),
+        (r"\\(?:emptyset|varnothing)(?![A-Za-z])", r"\\{\\}"),
+        (r"\\mathbb ?(?:\{R\}|R)", r"(-\\infty,\\infty)"),
+        (r"(\\log ?_ ?(?:[0-9A-Za-z]|\{[^{}]*\})) +(?=[0-9])", r"\1"),
         (r"\\times(?![A-Za-z])|\*", r"\\cdot "),
         (r"\\le(?:q|qslant)?(?![A-Za-z])", r"\\le "),
         (r"\\ge(?:q|qslant)?(?![A-Za-z])", r"\\ge "),
         # `6 3/4` is a mixed number; without its space it would be 63/4.
         (r"(?<![0-9.] )(?<![0-9.])([0-9]+) +([0-9]+) ?/ ?([0-9]+)", r"\1\\frac{\2}{\3}"),
         (r"(?<=[0-9]) (?=[0-9]{3}(?![0-9]))", ""),
+        (r"(?<=[0-9]), (?=[1-9][0-9]{2}(?![0-9]))", ",~"),  # `70, 110` is two numbers
         (r"(?<=[0-9]) (?=[0-9])", "~"),  # `1 2` is not 12
         (r'(\\[A-Za-z]+) +(?=[A-Za-z])|(?<![A-Za-z]) +| +(?![A-Za-z])|(?<=") +', r"\1 "),
         (r"([\^_])\{([0-9A-Za-z])\}", r"\1\2"),
@@ -113,9 +117,9 @@ def split(s: str, separator: str) -> list[str]:
         token = match[0]
         depth += (token in "{([") - (token in "})]")
         if token == separator and depth == 0:
-            pieces.append(s[start : match.start()].strip())
+            pieces.append(s[start : match.start()].strip(" ~"))
             start = match.end()
-    return [*pieces, s[start:].strip()]
+    return [*pieces, s[start:].strip(" ~")]
 
 
 def depths(s: str) -> tuple[int, int]:

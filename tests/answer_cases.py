@@ -1,5 +1,8 @@
 r"""Answers, the gold that each is compared with, and why a mathematician would (not) take the one
-for the other; and answers that are made to break a grader."""
+for the other; answers that are made to break a grader; and rewrites that change no value."""
+
+import re
+from collections.abc import Iterator
 
 SAME = [
     (r"\dfrac12", r"\frac{1}{2}", "fraction spellings"),
@@ -33,6 +36,7 @@ SAME = [
     (r"3\pm2\sqrt2", r"3-2\sqrt{2}, 3+2\sqrt{2}", "plus-minus is two"),
     ("7,-2,-5", r"7, -2, \text{ and } -5", "and is a comma"),
     (r"x=2 \text{ or } x=3", "2,3", "or is a comma"),
+    (r"27^\circ or 63^\circ", r"27^\circ, 63^\circ", "after degrees as well"),
     ("x=1, y=2", "y=2, x=1", "named values in another order"),
     (r"\begin{bmatrix}1\\0.5\end{bmatrix}", r"\begin{pmatrix} 1 \\ \frac12 \end{pmatrix}", "cells"),
     (r"6\frac{3}{4}", r"\frac{27}{4}", "mixed number"),
@@ -46,6 +50,27 @@ SAME = [
     ("\N{MINUS SIGN} 5", "-5", "a Unicode minus"),
     (r"1112112_{3}", "1112112_3", "a base"),
     (r"1.5\times10^{3}", "1500", "a power of ten"),
+    (r"0.\overline{3}", r"\frac13", "a period"),
+    (r"2.1\bar6", r"\frac{13}{6}", "a period after other places"),
+    ("70, 110", "70,110", "a list, with or without a space"),
+    ("10, 000", "10,000", "no list: it would not have 000 for 0"),
+    (r"5\text{ square units}", r"5\text{ units}^2", "a power of a unit, two ways"),
+    (r"5\text{ square units}", "5", "MATH drops units"),
+    (r"\varnothing", r"\{\}", "the empty set"),
+    (r"x\in\mathbb{R}", r"(-\infty, \infty)", "all real numbers"),
+    (r"(\dfrac{3}{4})", "0.75", "in brackets"),
+    ("$2$", "2", "a formula's own marks"),
+    (r"\mathbf{7}", "7", "a font"),
+    # What the text cannot tell, decided as MATH's graders do:
+    ("5 cm", "5", "a unit that the gold has not: the problem may have named it"),
+    ("5", "5 cm", "a unit that the answer has not: the problem has named it"),
+    (r"5\text{ apples}", r"5\text{ edges}", "words after a number are not compared"),
+    ("58500", "58,500", "one group of three is a number: MATH has but one list so"),
+    (
+        "70110",
+        "70,110",
+        "which is this list, written without a space",
+    ),
 ]
 SAME_BY_ALGEBRA = [
     (r"\frac{3}{2\sqrt3}", r"\frac{\sqrt3}{2}", "a root in the denominator"),
@@ -56,6 +81,8 @@ SAME_BY_ALGEBRA = [
     ("7x(x-2)(x-1)", "7x(x-1)(x-2)", "order of factors"),
     ("(1,\\sqrt{9})", "(1,3)", "inside a tuple"),
     ("2*3", "6", "an unfinished product"),
+    (r"\log_2 8", "3", "a logarithm to a base"),
+    (r"\log_2 3", r"\frac{\ln 3}{\ln 2}", "a change of base"),
 ]
 DIFFERENT = [
     ("1", "10", "a prefix"),
@@ -91,6 +118,14 @@ DIFFERENT = [
     ("4:30", "4", "a time"),
     ("None", "5", "a word"),
     (r"\infty", "5", "infinity"),
+    ("70110", "70, 110", "two numbers, when there is a space"),
+    (r"5\text{ units}^2", r"5\text{ units}^3", "another power of a unit that is not known"),
+    (r"5\text{ cubic units}", r"5\text{ square units}", "the same in words"),
+    ("5 cm", r"5\text{ square cm}", "a length and an area"),
+    (r"0.\overline{3}", "0.3", "a period is not its first digit"),
+    (r"1\overline{2}", "12", "no decimal"),
+    ("x_1", "x_2", "indices"),
+    (r"\mathbb{R}", r"[0,\infty)", "half of the line"),
 ]
 DIFFERENT_BY_ALGEBRA = [
     (r"\frac{\sqrt3}{2}", r"\frac{\sqrt2}{2}", "another root"),
@@ -98,6 +133,12 @@ DIFFERENT_BY_ALGEBRA = [
     ("1.414214", r"\sqrt2", "an approximation (math-verify: the same to 6 decimals)"),
     (r"2^{2004}", r"2^{2005}", "a power"),
     ("9!", "9", "a factorial"),
+    (r"\frac{1}{2^{2004}}", r"\frac{1}{2^{2005}}", "small numbers (math-verify: both are 0)"),
+    (r"\sqrt2+10^{-20}", r"\sqrt2", "a small difference (math-verify: the same)"),
+    (r"x+10^{-20}", "x", "the same with a variable"),
+    (r"\frac{1}{3^{40}\sqrt2}", r"\frac{1}{3^{41}\sqrt2}", "a third (math-verify: the same)"),
+    (r"\log_2 3", r"\log_3 2", "base and argument"),
+    (r"\sqrt{x^2}", "x", "false for negative x"),
 ]
 # Each is wrong whatever the gold, and decided or given up on within the time limit.
 HOSTILE = [
@@ -128,3 +169,43 @@ HOSTILE = [
     "\\begin{matrix}", r"\begin{pmatrix}1", r"\left(5", r"5\right)", "5)", "(5", r"\frac{5}",
     r"\frac", r"\sqrt", "^", "_", "+", "-", "=", "5=", "=5=", "5+", "*5",
 ]  # fmt: skip
+
+
+def rewrites(gold: str) -> Iterator[str]:
+    """Yield `gold` as a model might write it; each is as right as `gold` itself."""
+    yield from (gold, f" {gold} ", f"${gold}$", rf"\({gold}\)", f"{gold}.")
+    yield rf"\displaystyle {gold}"
+    for frac in ("dfrac", "tfrac", "frac"):
+        yield re.sub(r"\\[dt]?frac(?![a-z])", rf"\\{frac}", gold)
+    yield re.sub(r"\\frac\{([0-9])\}\{([0-9])\}", r"\\frac\1\2", gold)
+    yield re.sub(r"\\([dt]?)frac ?([0-9]) ?([0-9])", r"\\\1frac{\2}{\3}", gold)
+    yield re.sub(r"\\sqrt ?([0-9])", r"\\sqrt{\1}", gold)
+    yield re.sub(r"\\sqrt\{([0-9])\}", r"\\sqrt\1", gold)
+    yield re.sub(r"\\left|\\right", "", gold)
+    yield re.sub(r"\^\{?\\circ\}?", "", gold)
+    yield re.sub(r"\\text\{ ?([a-zA-Z]+)\}", r"\\mathrm{\1}", gold)
+    yield re.sub(r"\\text\{([^{}]*)\}", r"\\textbf{\1}", gold)
+    yield re.sub(r"(?<=[0-9}])\\[;,]? ?\\text\{[ a-z.]*\}(?:\^[23])?$", "", gold)
+    yield re.sub(r",\\! ?|\{,\}", ",", gold)
+    if r"\text" not in gold and not re.search(r"[0-9],[0-9]{3}|\\!|\{,\}", gold):
+        yield re.sub(r"([-+=,])", r" \1 ", gold)
+    if re.match(r"[(\[][^()\[\]]*,[^()\[\]]*[)\]]$", gold):
+        yield re.sub(r"^(.)(.*)(.)$", r"\\left\1 \2 \\right\3", gold)
+        yield rf"x \in {gold}"
+    if re.fullmatch(r"[^()\[\]{}]+(, [^()\[\]{}]+)+", gold) and r"\text" not in gold:
+        elements = gold.split(", ")
+        yield ", ".join(reversed(elements))
+        yield r"\{" + ",".join(elements) + r"\}"
+        yield r"\text{ and }".join(elements)
+        if any(c.isdigit() for c in gold):  # no choices: `B, C`
+            yield " or ".join(f"x={element}" for element in elements)
+    if r"\cup" in gold:
+        yield r" \cup ".join(reversed(re.split(r" ?\\cup ?", gold)))
+    if value := re.fullmatch(r"(-?)(?:([0-9]+)|\\[dt]?frac\{?([0-9]+?)\}?\{?([0-9]+)\}?)", gold):
+        sign, n, d = value[1], int(value[2] or value[3]), int(value[4] or 1)
+        yield from (f"x = {gold}", rf"\boxed{{{gold}}}", rf"\frac{{{sign}{3 * n}}}{{{3 * d}}}")
+        yield f"{sign}{n}/{d}"
+        if d == 1:
+            yield from (f"{sign}{n:,}", f"{sign}{n}.00", rf"{gold}\text{{ cm}}", rf"{sign}\${n}")
+        elif 10**6 * n % d == 0:
+            yield sign + f"{n * 10**6 // d / 10**6:f}".rstrip("0")

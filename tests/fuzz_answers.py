@@ -131,6 +131,19 @@ def decimal(v: Fraction) -> str | None:
     return f"{whole}.{rest:06d}".rstrip("0").rstrip(".")
 
 
+def repeating(v: Fraction) -> str | None:
+    """The decimal of a value that is not negative with a bar over its period of up to 12 places."""
+    whole, rest = divmod(v.numerator, v.denominator)
+    digits, seen = "", {}
+    while rest not in seen:
+        seen[rest] = len(digits)
+        digit, rest = divmod(rest * 10, v.denominator)
+        digits += str(digit)
+        if len(digits) > 12:
+            return None
+    return rf"{whole}.{digits[: seen[rest]]}\overline{{{digits[seen[rest] :]}}}"
+
+
 AROUND = (
     "%s", "%s", "%s", "$%s$", r"\(%s\)", " %s ", "%s.", "{%s}", "x=%s", r"x \in %s", r"%s\,",
     r"\$%s", r"%s\text{ cm}", r"%s^\circ", r"\displaystyle %s", r"\left(%s\right)",
@@ -151,10 +164,14 @@ def number(draw: Any, v: Fraction, alone: bool = True) -> str:
     if n > d > 1:
         forms += [rf"{n // d}\frac{{{n % d}}}{{{d}}}", rf"{n // d} {n % d}/{d}"]
     if (point := decimal(abs(v))) is not None:
-        forms += [point, point, point, f"{point}0" if "." in point else f"{point}.0", f"0{point}"]
+        forms += [point, point, point, f"{point}0" if "." in point else f"{point}.0"]
         forms += [rf"{point} \times 10^{{0}}", rf"{point}\cdot 10^0", point.lstrip("0") or "0"]
+        if alone:
+            forms += [f"0{point}"]  # but `0, 010` is no list
         if "." not in point and alone:
             forms += [f"{n:,}".replace(",", mark) for mark in (",", "{,}", r",\!", " ")]
+    elif period := repeating(abs(v)):
+        forms += [period, period.replace("overline", "bar")]
     text = draw(st.sampled_from(("", "", "+") if not sign else ("-", "- ", "\N{MINUS SIGN}")))
     text += draw(st.sampled_from(forms))
     if alone:
