@@ -146,7 +146,7 @@ def _is_a(value: Any, kind: Any) -> bool:
     if isinstance(kind, UnionType):
         return any(_is_a(value, k) for k in get_args(kind))
     if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        return isinstance(value, float) or (_is_a(value, int) and abs(value) < 2**1023)
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, get_origin(kind) or kind)

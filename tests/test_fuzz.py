@@ -4,6 +4,9 @@ import fuzz
 import fuzz_answers
 import pytest
 
+from jgrpo.config import Config
+from jgrpo.errors import InputError
+
 N_EXAMPLES = 4000
 
 
@@ -12,6 +15,11 @@ def one_grader():
     yield
     fuzz_answers.grader().close()
     fuzz_answers.grader.cache_clear()
+
+
+def test_an_integer_too_large_for_a_float_is_refused():
+    with pytest.raises(InputError, match=r"grader_timeout_s=10.*must be of type float"):
+        Config(grader_timeout_s=10**400)
 
 
 @pytest.mark.parametrize("check", fuzz.PROPERTIES, ids=lambda check: check.__name__)
