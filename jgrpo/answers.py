@@ -47,6 +47,7 @@ _UNITS = {
         "min": "min minute minutes", "h": "h hr hrs hour hours", "day": "day days",
         "mph": "mph", "cent": "cent cents", "dollar": "dollar dollars",
         "L": "liter liters L", "mL": "mL ml milliliter milliliters",
+        "": "unit units",  # of whatever kind; but units are no square units
     }.items()
     for alias in aliases.split()
 }  # fmt: skip
@@ -240,9 +241,9 @@ def _unit(s: str) -> tuple[str, str, str]:
     squared, cubed = re.subn(r"^(?:square|sq\.?) ?", "", word), re.subn(r"^cubic ?", "", word)
     power = match["power"] or ("2" if squared[1] else "3" if cubed[1] else "")
     known = _UNITS.get(squared[0] if squared[1] else cubed[0])
-    if match["bare"] and not known and len(word) < 4:
+    if not word or (match["bare"] and known is None and len(word) < 4):
         return s, "", ""
-    return match["value"].strip(), known or "", power or ("1" if known else "")
+    return match["value"].strip(), known or "", power or ("" if known is None else "1")
 
 
 def _number(s: str) -> Fraction | None:

@@ -15,6 +15,7 @@ _UNICODE = str.maketrans(
     }
 )  # fmt: skip
 GROUP = r"\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\}"
+_DEGREES = r"\^ ?(?:\{ ?\\circ ?\}|\\circ(?![A-Za-z]))|\\degree(?![A-Za-z])"
 _REWRITES = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
@@ -32,8 +33,9 @@ _REWRITES = tuple(
             r"\{([^{}]*)\}",
             r'"\1"',  # in quotes from here on: may be a unit
         ),
-        (r"\^ ?(?:\{ ?\\circ ?\}|\\circ(?![A-Za-z]))|\\degree(?![A-Za-z])", ""),
-        (r'" ?,? ?(?:and|or) ?"|(?<=[^A-Za-z"]) (?:and|or) ', ","),
+        (rf"(?:{_DEGREES}) ?, ?(?=[0-9])", ",~"),  # this comma separates, as those below
+        (_DEGREES, ""),
+        (r'" ?,? ?(?:and|or) ?"|(?<=[^A-Za-z"]) (?:and|or) ', ",~"),
         (r'"([^"]*,[^"]*)"', r"\1"),
         (r", ?,", ","),
         (r"\\%| ?\b[pP]ercent\b", "%"),

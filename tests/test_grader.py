@@ -18,7 +18,7 @@ from jgrpo.errors import RunError
 from jgrpo.grader import Grader, Pair
 
 # Passes every guard; sympy's simplify goes on for minutes.
-SLOW = Pair(r"((\cos(x)+2)(x))(\ln(7)-x)", r"\tan((\sqrt{\pi }+x)^9+x)+2")
+SLOW = Pair(r"\tan((\sqrt{\pi }+x)^9+x)+2=x", r"\tan((\sqrt{\pi }+x)^9+x)+2=2x")
 ROOT = Pair(r"\frac{3}{2\sqrt{3}}", r"\frac{\sqrt{3}}{2}")
 REPOSITORY = Path(__file__).parents[1]
 
