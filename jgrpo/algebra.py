@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from fractions import Fraction
+from typing import Any
 
 from jgrpo.latex import GROUP, depths
 
@@ -103,6 +104,20 @@ def _read_number(_: object, text: str) -> object:
     return sympy.Rational(value.numerator, value.denominator)
 
 
+def _read_product(reader: Any, factors: Any, i: int = 0) -> Any:
+    r"""Read factors that stand side by side, from the i-th on.
+
+    latex2sympy takes any two numbers for a mixed one, `2(3)` for 2 + 3; here that is digits before
+    a fraction alone: `2\frac13`.
+    """
+    texts = [factor.getText() for factor in factors[i : i + 2]]
+    if len(texts) == 2 and not (texts[0].isdigit() and texts[1].startswith("\\frac")):
+        first = reader.convert_postfix(factors[i])
+        if getattr(first, "is_Integer", False):
+            return reader.mul_flat(first, _read_product(reader, factors, i + 1))
+    return _read_product.theirs(reader, factors, i)  # type: ignore[attr-defined]
+
+
 def same_by_algebra(answer: str, gold: str) -> bool:
     """math-verify on two scalars, with its LaTeX reader alone and its time limits off."""
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that there is no limit
@@ -110,6 +125,9 @@ def same_by_algebra(answer: str, gold: str) -> bool:
     from math_verify import LatexExtractionConfig, parse, verify
 
     _Latex2Sympy.parse_number = _read_number  # theirs ends in eval(text)
+    if _Latex2Sympy.convert_postfix_list is not _read_product:
+        _read_product.theirs = _Latex2Sympy.convert_postfix_list  # type: ignore[attr-defined]
+        _Latex2Sympy.convert_postfix_list = _read_product
     reader = [LatexExtractionConfig(boxed_match_priority=-1)]
     read_gold, read_answer = (
         parse(

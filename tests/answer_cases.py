@@ -82,6 +82,9 @@ SAME_BY_ALGEBRA = [
     ("7x(x-2)(x-1)", "7x(x-1)(x-2)", "order of factors"),
     ("(1,\\sqrt{9})", "(1,3)", "inside a tuple"),
     ("2*3", "6", "an unfinished product"),
+    ("2(3)", "6", "the same (latex2sympy: the mixed number 2 + 3)"),
+    (r"3(\frac12)", "1.5", "a product with a fraction in brackets"),
+    (r"2\frac13+\pi", r"\frac73+\pi", "a mixed number in a sum"),
     (r"\log_2 8", "3", "a logarithm to a base"),
     (r"\log_2 3", r"\frac{\ln 3}{\ln 2}", "a change of base"),
 ]
@@ -133,6 +136,8 @@ DIFFERENT = [
     (r"\mathbb{R}", r"[0,\infty)", "half of the line"),
 ]
 DIFFERENT_BY_ALGEBRA = [
+    ("2(3)", "5", "a product is no sum (math-verify: the same)"),
+    ("(2)(1)-(1)", "1+1", "nor is it one between brackets"),
     (r"\frac{\sqrt3}{2}", r"\frac{\sqrt2}{2}", "another root"),
     ("4-3a", "4a-3", "other coefficients"),
     ("1.414214", r"\sqrt2", "an approximation (math-verify: the same to 6 decimals)"),
