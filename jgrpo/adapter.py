@@ -105,9 +105,9 @@ def read_config(folder: Path) -> AdapterConfig:
     try:
         peft = json.loads(file.read_text())
         rank, alpha, targets = peft["r"], peft["lora_alpha"], peft["target_modules"]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{folder} is no PEFT adapter: it has no {CONFIG_FILE}") from None
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{file} is damaged: {type(error).__name__}: {error}") from None
     odd = [k for k, plain in UNSUPPORTED.items() if peft.get(k) not in (plain, None)]
     if str(peft.get("init_lora_weights")).startswith(INIT_CHANGES_BASE):
@@ -135,7 +135,7 @@ def load(folder: Path, like: nnx.State) -> nnx.State:
     file = Path(folder) / WEIGHTS_FILE
     try:
         tensors = load_file(file)
-    except (FileNotFoundError, SafetensorError) as error:
+    except (OSError, SafetensorError) as error:
         raise InputError(f"{file} cannot be read as safetensors: {error}") from None
     problems, flat = [], []
     for path, leaf in nnx.to_flat_state(like):

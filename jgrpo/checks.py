@@ -5,6 +5,7 @@ import dataclasses
 from collections.abc import Iterator
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin
+from urllib.parse import urlsplit
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj")
 POSITIVE = (
@@ -38,11 +39,17 @@ def _wrong_types(c: Any) -> Iterator[str]:
 def _wrong_values(c: Any) -> Iterator[str]:
     """Yield one line for each field whose value cannot work: field, value, requirement."""
     for name in POSITIVE:
-        if not 0 < getattr(c, name) < float("inf"):
-            yield f"{name}={getattr(c, name)!r}: must be positive"
+        if not 0 < (value := getattr(c, name)) < float("inf"):
+            yield f"{name}={value!r}: must be {'finite' if value > 0 else 'positive'}"
     for name in ("seed", "eval_every", "beta", "overlong_cache", "warmup_steps", "entropy_coef"):
         if not 0 <= getattr(c, name) < 2**31:
             yield f"{name}={getattr(c, name)!r}: must not be negative, and below 2**31"
+    for field in dataclasses.fields(c):
+        if isinstance(value := getattr(c, field.name), str) and "\0" in value:
+            yield f"{field.name}={value!r}: must not hold a NUL"
+    for name in ("model_id", "dataset_path", "prompt_template"):
+        if not getattr(c, name).strip():
+            yield f"{name}={getattr(c, name)!r}: must not be empty (default: {_default(c, name)})"
     if c.group_size == 1:
         yield "group_size=1: a group of one has no advantage; use 2 or more"
     if not 0 < c.clip_eps < 1:
@@ -84,8 +91,16 @@ def _wrong_values(c: Any) -> Iterator[str]:
         if c.lora_r > VLLM_LORA_RANKS[-1]:
             yield f"lora_r={c.lora_r}: vLLM admits at most {VLLM_LORA_RANKS[-1]}; or --rollout jax"
         for url in c.vllm_urls:
-            if not url.startswith(("http://", "https://")):
-                yield f"vllm_url={c.vllm_url!r}: {url!r} must start with http:// or https://"
+            if "@" in url:  # not shown: what stands before it is a secret
+                yield (
+                    "vllm_url: must not hold a user or password, which config.json and logs would "
+                    "keep; give the server's API key as VLLM_API_KEY in the environment"
+                )
+            elif not _is_address(url):
+                yield (
+                    f"vllm_url={c.vllm_url!r}: {url!r} must be http://HOST:PORT or https://..., "
+                    "without /v1"
+                )
 
 
 def _without_meaning(c: Any) -> Iterator[str]:
@@ -140,6 +155,19 @@ def without_effect(c: Any) -> list[str]:
             f"{c.expected_maximum_length - c.overlong_cache} tokens, and max_tokens={c.max_tokens}"
         )
     return warnings
+
+
+def _default(c: Any, name: str) -> str:
+    return str(next(f.default for f in dataclasses.fields(c) if f.name == name))
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        known = parts.scheme in ("http", "https") and parts.port != 0
+    except ValueError:  # of the port, or of brackets
+        return False
+    return known and bool(parts.hostname) and not parts.path.rstrip("/").endswith("/v1")
 
 
 def _is_a(value: Any, kind: Any) -> bool:

@@ -155,7 +155,10 @@ def resumed_config(run: Path) -> Config:
     known = {f.name for f in dataclasses.fields(Config)}
     if odd := sorted(set(saved) ^ known):
         raise InputError(f"{run}/config.json is of another version: it differs in {odd}")
-    return Config(**saved)
+    try:
+        return Config(**saved)
+    except InputError as error:
+        raise InputError(f"{run}/config.json: {error}") from None
 
 
 def _check_resume(saved: Config, asked: Config) -> None:

@@ -5,6 +5,7 @@ another. It is executed, so treat one from a stranger as you would treat a progr
 """
 
 import runpy
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -219,8 +220,11 @@ def load_config(file: str | Path) -> Config:
         config = runpy.run_path(str(file)).get("config")
     except InputError as error:
         raise InputError(f"--config {file}: {error}") from None
-    except Exception as error:
-        raise InputError(f"--config {file}: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(file)]
+        where = f", line {lines[-1]}" if lines else ""
+        raise InputError(f"--config {file}{where}: {type(error).__name__}: {error}") from error
     if not isinstance(config, Config):
         raise InputError(f"--config {file}: must define `config = jgrpo.config.Config(...)`")
     return config

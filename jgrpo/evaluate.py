@@ -20,7 +20,7 @@ from rich.progress import Progress
 
 from jgrpo.adapter import load, read_config
 from jgrpo.config import Config
-from jgrpo.rundir import json_line, write_whole
+from jgrpo.rundir import is_writable, json_line, write_whole
 from jgrpo.session import (
     configure_jax,
     evaluate,
@@ -36,6 +36,8 @@ def run(config: Config, adapter: Path | None, out: Path | None) -> dict[str, flo
     configure_jax()
     if out is not None and not out.parent.is_dir():
         raise InputError(f"--out {out}: there is no folder {out.parent}")
+    if out is not None and (out.is_dir() or not is_writable(out.parent)):
+        raise InputError(f"--out {out}: is a folder, or in one that cannot be written to")
     if adapter is not None:
         shape = read_config(adapter)
         config = replace(

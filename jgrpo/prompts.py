@@ -84,7 +84,7 @@ def read_row(fields: Mapping[str, Any]) -> tuple[str, str]:
     else:
         raise ValueError("neither problem and solution, nor question and answer")
     if not problem.strip():
-        raise ValueError("the problem is empty")
+        raise ValueError("the problem is empty or not text")
     if not gold.strip():
         raise ValueError(reason)
     return problem.strip(), gold.strip()
@@ -118,7 +118,10 @@ def load_template(name: str) -> str:
     if file is None:
         tried = ", ".join(str(place) for place in places)
         raise InputError(f"prompt_template={name}: no such file (tried {tried})")
-    template = file.read_text("utf-8").strip()
+    try:
+        template = file.read_text("utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"prompt_template={file}: {error}; it must be text in UTF-8") from error
     if SLOT not in template:
         raise InputError(f"prompt_template={file}: must contain {SLOT}, where the problem goes")
     return template

@@ -153,7 +153,7 @@ def load_rows(
     sizes = {name: len(rows) for name, rows in source.items()}
     study = STUDY_SPLITS.get(dataset_path)
     if not eval_dataset_path or _same(dataset_path, eval_dataset_path):
-        eval_source, eval_path = source, dataset_path
+        eval_source, eval_path, eval_sizes = source, dataset_path, sizes
         training, evaluation = choose_ranges(sizes, dataset_split, eval_split, study)
     else:
         training = select(sizes, dataset_split or _default_training(sizes, study))
@@ -165,11 +165,24 @@ def load_rows(
             held_out = _held_out(eval_sizes)
             eval_split = held_out if held_out in eval_sizes else _main_split(eval_sizes)
         evaluation = select(eval_sizes, eval_split)
+    _check_some("dataset_split", dataset_split, dataset_path, training, sizes)
+    _check_some("eval_split", eval_split, eval_path, evaluation, eval_sizes)
     report = [
         f"training rows: {_join(training)} of {dataset_path}",
         f"evaluation rows: {_join(evaluation)} of {eval_path}",
     ]
     return _take(source, training), _take(eval_source, evaluation), report
+
+
+def _check_some(
+    field: str, spec: str, path: str, ranges: Sequence[Range], sizes: Mapping[str, int]
+) -> None:
+    if not any(r.start < r.stop for r in ranges):
+        has = ", ".join(f"{name} ({n} rows)" for name, n in sizes.items())
+        raise InputError(
+            f"{field}={spec!r} leaves no row of {path}, which has {has}; give other rows, more "
+            "rows, or an --eval_dataset_path of its own"
+        )
 
 
 def _same(a: str, b: str) -> bool:
@@ -228,24 +241,25 @@ def read_file(file: Path) -> list[dict[str, Any]]:
     except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
         raise InputError(f"data set {file}: {error}") from error
     if file.suffix == ".json" and text.lstrip().startswith("["):
-        try:
-            rows = dict(enumerate(json.loads(text), start=1))
-        except json.JSONDecodeError as error:
-            raise InputError(f"data set {file}: not JSON: {error}") from None
+        rows = dict(enumerate(_parse(str(file), text), start=1))
         where = "item"
     else:
         # Not splitlines(): U+2028 and its like may stand unescaped inside a JSON string.
         lines = enumerate(text.split("\n"), start=1)
-        rows = {n: _parse_line(file, n, line) for n, line in lines if line.strip()}
+        rows = {n: _parse(f"{file}, line {n}", line) for n, line in lines if line.strip()}
         where = "line"
+    if not rows:
+        raise InputError(f"data set {file}: has no rows")
     for n, row in rows.items():
         if not isinstance(row, dict):
             raise InputError(f"data set {file}, {where} {n}: needs an object, got {row!r:.60}")
     return list(rows.values())
 
 
-def _parse_line(file: Path, number: int, line: str) -> Any:
+def _parse(where: str, text: str) -> Any:
     try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"data set {file}, line {number}: not JSON: {error}") from None
+        return json.loads(text)
+    except RecursionError:
+        raise InputError(f"data set {where}: not JSON: nested too deeply") from None
+    except ValueError as error:  # also a number of more digits than Python reads
+        raise InputError(f"data set {where}: not JSON: {error}") from None

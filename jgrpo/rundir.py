@@ -10,6 +10,7 @@ import math
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
@@ -56,10 +57,15 @@ def named_run_dir(run_dir: str | Path) -> Path:
     return folder
 
 
+def is_writable(folder: Path) -> bool:
+    """May this process write into the folder?"""
+    return os.access(folder, os.W_OK, effective_ids=os.access in os.supports_effective_ids)
+
+
 def remove_if_empty(run_dir: Path) -> None:
     """A run that found no server leaves no folder, so that the same command can be given again."""
-    if not any(run_dir.iterdir()):
-        run_dir.rmdir()
+    if not any(path.is_file() for path in run_dir.rglob("*")):
+        shutil.rmtree(run_dir)
 
 
 def run_id(run_dir: Path) -> str:

@@ -165,7 +165,7 @@ def open_scorers(config: Config) -> Scorers:
     custom = load_function(config.reward_function) if config.reward_function else None
     process = None
     if config.use_prm:
-        folder = model_folder(config.prm_model_id)
+        folder = model_folder(config.prm_model_id, "prm_model_id")
         process = ProcessRewards(folder, dtype=config.dtype, batch_size=config.prm_batch_size)
     return Scorers(process, custom)
 

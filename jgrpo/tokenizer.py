@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import huggingface_hub
+import jinja2
 from huggingface_hub.errors import EntryNotFoundError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -13,15 +14,29 @@ from jgrpo.errors import InputError
 
 
 def load_tokenizer(model_id: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a hub id or folder; code that a model brings along is never run."""
+    """The tokenizer of a hub id or folder; code that a model brings along is never run.
+
+    InputError if there is none, or if it has more tokens than the model.
+    """
     try:
-        return AutoTokenizer.from_pretrained(model_id, trust_remote_code=False)
-    except (OSError, ValueError, ImportError, KeyError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(model_id, trust_remote_code=False)
+        known = tokenizer("1", add_special_tokens=False).input_ids
+        if set(known) <= {tokenizer.unk_token_id}:  # transformers 5 makes an empty one of nothing
+            raise ValueError("it knows no digits")
+    except Exception as error:  # tokenizers raises Exception itself
+        first_line = (str(error).strip() or "no reason given").splitlines()[0]
         raise InputError(
             f"model_id={model_id}: no tokenizer could be loaded ({type(error).__name__}: "
-            f"{str(error).strip().splitlines()[0]}); give a folder with tokenizer.json and "
+            f"{first_line}); give a folder with tokenizer.json and "
             "tokenizer_config.json, or a hub id that this machine can reach"
         ) from error
+    vocab_size = _read_model_json(model_id, "config.json").get("vocab_size", len(tokenizer))
+    if len(tokenizer) > vocab_size:
+        raise InputError(
+            f"model_id={model_id}: the tokenizer has {len(tokenizer)} tokens, config.json makes it "
+            f"vocab_size={vocab_size}; put the model's own tokenizer there"
+        )
+    return tokenizer
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase, model_id: str) -> tuple[int, ...]:
@@ -68,9 +83,15 @@ def render(
     prompts = list(texts)
     if has_template:
         chats = [[{"role": "user", "content": text}] for text in texts]
-        rendered = tokenizer.apply_chat_template(
-            chats, tokenize=False, add_generation_prompt=True, enable_thinking=enable_thinking
-        )
+        try:
+            rendered = tokenizer.apply_chat_template(
+                chats, tokenize=False, add_generation_prompt=True, enable_thinking=enable_thinking
+            )
+        except (jinja2.TemplateError, ValueError, TypeError, OverflowError) as error:
+            raise InputError(
+                f"the chat template of {tokenizer.name_or_path} cannot write a user's message "
+                f"({type(error).__name__}: {error}); mend or remove it there"
+            ) from error
         prompts = cast(list[str], rendered)
     ids = tokenizer(prompts, add_special_tokens=not has_template)["input_ids"]
     return prompts, [tuple(row) for row in ids]

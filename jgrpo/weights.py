@@ -36,15 +36,17 @@ FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer*"]
 M = TypeVar("M", bound=nnx.Module)
 
 
-def model_folder(model_id: str) -> Path:
+def model_folder(model_id: str, option: str = "model_id") -> Path:
     """The folder of a model: itself if it is one, else the hub's (downloaded once, then cached)."""
     if Path(model_id).is_dir():
         return Path(model_id)
+    if Path(model_id).is_file():
+        raise InputError(f"{option}={model_id!r} is a file; give the model's folder")
     try:
         return Path(snapshot_download(model_id, allow_patterns=FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise InputError(
-            f"model_id={model_id!r} is neither a folder here nor to be had from the hub "
+            f"{option}={model_id!r} is neither a folder here nor to be had from the hub "
             f"({type(error).__name__}: {str(error).splitlines()[0]}). Check the spelling and the "
             "network, or download the model elsewhere and give its folder."
         ) from error
@@ -53,7 +55,10 @@ def model_folder(model_id: str) -> Path:
 def read_hf_config(folder: Path) -> PretrainedConfig:
     """A folder's config.json as transformers reads it. InputError if it is missing or damaged."""
     if not (folder / "config.json").is_file():
-        raise InputError(f"model folder {folder} has no config.json")
+        hint = (folder / "adapter_config.json").is_file() * (
+            ": it is an adapter's; --model_id is the base model"
+        )
+        raise InputError(f"model folder {folder} has no config.json{hint}")
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, KeyError, OSError, StrictDataclassError) as error:
@@ -108,7 +113,7 @@ def filled(folder: Path, module: M, *, unused: Collection[str] = (), seed: int =
         flat = list(nnx.to_flat_state(base))
         _check(folder, tensors, flat, unused)
         base = nnx.from_flat_state(
-            (path, leaf.replace(_read(tensors, path, leaf))) for path, leaf in flat
+            (path, leaf.replace(_read(folder, tensors, path, leaf))) for path, leaf in flat
         )
     return nnx.merge(graph, fresh_adapter(adapter, seed), base)
 
@@ -134,15 +139,27 @@ def _open_all(folder: Path, files: ExitStack) -> dict:
     tensors: dict = {}
     for name in names:
         if not (folder / name).is_file():
-            raise InputError(f"model folder {folder} has no {name}")
+            raise InputError(f"model folder {folder} has no {name}{_about_pickles(folder)}")
         try:
+            (folder / name).open("rb").close()  # safetensors calls missing whatever it cannot open
             file = files.enter_context(safe_open(folder / name, framework="numpy"))
+        except OSError as error:
+            raise InputError(f"{folder / name} cannot be read: {error}") from error
         except SafetensorError as error:
             raise InputError(f"{folder / name} is damaged ({error}); download it again") from error
         if twice := sorted(set(tensors) & set(file.keys())):
             raise InputError(f"{folder / name}: {twice[0]} is in another file as well")
         tensors.update(dict.fromkeys(file.keys(), file))
     return tensors
+
+
+def _about_pickles(folder: Path) -> str:
+    if not (found := sorted(f.name for p in ("*.bin", "*.pt", "*.pth") for f in folder.glob(p))):
+        return ""
+    return (
+        f": {found[0]} is a pickle, which can run code and is never read; convert it with "
+        "transformers: AutoModelForCausalLM.from_pretrained(...).save_pretrained(FOLDER)"
+    )
 
 
 def _problems(tensors: dict, flat: list, may_be_unused: Collection[str]) -> Iterator[str]:
@@ -175,7 +192,7 @@ def _check(folder: Path, tensors: dict, flat: list, may_be_unused: Collection[st
         )
 
 
-def _read(tensors: dict, path: tuple, leaf) -> jax.Array:
+def _read(folder: Path, tensors: dict, path: tuple, leaf) -> jax.Array:
     stacked = path[1] == "layers"
     names = tensor_names(path, leaf.shape)
     array = np.empty(leaf.shape, jnp.dtype(leaf.dtype))
@@ -183,7 +200,17 @@ def _read(tensors: dict, path: tuple, leaf) -> jax.Array:
         tensor = tensors[name].get_tensor(name)
         target = array[i] if stacked else array
         target[...] = tensor.T if path[-1] == "kernel" else tensor
-    return jax.block_until_ready(jnp.asarray(array))  # else several leaves' copies are in flight
+    filled = jax.block_until_ready(jnp.asarray(array))  # else several copies are in flight
+    if not _is_finite(filled):
+        bad = next(n for n in names if not np.isfinite(tensors[n].get_tensor(n)).all())
+        raise InputError(f"the weights in {folder}: {bad} holds NaN or infinity; download it again")
+    return filled
+
+
+@jax.jit
+def _is_finite(array: jax.Array) -> jax.Array:
+    """Compiled, so that there is no array of the intermediate result."""
+    return jnp.isfinite(array).all()
 
 
 def save_model(model: nnx.Module, folder: Path, hf_config: PretrainedConfig, dtype: str) -> None:
