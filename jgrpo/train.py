@@ -5,7 +5,7 @@ adapter -> the sampler loads it. Step k samples with adapter k - 1 and gives ada
 """
 
 from jgrpo import cli
-from jgrpo.errors import RunError, exit_status, no_more_interrupts, printable
+from jgrpo.errors import InputError, RunError, exit_status, no_more_interrupts, printable
 
 if __name__ == "__main__":  # before JAX is imported: help and mistakes are answered at once
     cli.tune_allocator()
@@ -43,6 +43,7 @@ from jgrpo.plot import draw
 from jgrpo.rewards import combine, custom_rewards, length_penalty
 from jgrpo.rollout import Sampler
 from jgrpo.rundir import (
+    is_writable,
     named_run_dir,
     next_run_dir,
     read_metrics,
@@ -84,11 +85,16 @@ def train(config: Config, resume: Path | None = None) -> Path:
         policy = open_policy(config)
         run_dir = resume or new_run_dir(config)
         stack.callback(remove_if_empty, run_dir)
-        sampler = open_sampler(config, policy, problems.stop_token_ids, run_id(run_dir))
-        stack.callback(sampler.close)
+        if not is_writable(run_dir):
+            raise InputError(f"{run_dir}: Permission denied; go on as the run's owner")
         checkpoints = Checkpoints(run_dir)
         stack.callback(checkpoints.close)
-        first = checkpoints.latest_step() if resume else 0
+        learner, first = Learner(config, policy.graph, policy.adapter, policy.base), 0
+        if resume:  # before anything of the run, or on the server, is changed
+            first = checkpoints.latest_step()
+            learner.state = checkpoints.restore(first, learner.state)
+        sampler = open_sampler(config, policy, problems.stop_token_ids, run_id(run_dir))
+        stack.callback(sampler.close)
         log = stack.enter_context(
             RunLog(run_dir, config.n_grpo_steps, resume_step=first if resume else None)
         )
@@ -98,9 +104,11 @@ def train(config: Config, resume: Path | None = None) -> Path:
         for line in without_effect(config):
             log.info(line, style="yellow")
         write_config(run_dir, config, {"devices": [str(d) for d in jax.devices()]})
-        loop = Loop(config, run_dir, problems, policy, sampler, grader, scorers, log, checkpoints)
+        loop = Loop(
+            config, run_dir, problems, policy, learner, sampler, grader, scorers, log, checkpoints
+        )
         if resume:
-            loop.restore(first)
+            loop.forget_after(first)
         try:
             loop.start(first)
             loop.run(first)
@@ -138,6 +146,7 @@ class Loop:
         run_dir: Path,
         problems: Problems,
         policy: Policy,
+        learner: Learner,
         sampler: Sampler,
         grader: Grader,
         scorers: Scorers,
@@ -148,15 +157,14 @@ class Loop:
         self.sampler, self.grader, self.scorers = sampler, grader, scorers
         self.log, self.checkpoints = log, checkpoints
         self.collector = Collector(config, problems, sampler, grader)
-        self.learner = Learner(config, policy.graph, policy.adapter, policy.base)
+        self.learner = learner
         self.whole = (
             0,
             jax.device_get(self.learner.state),
         )  # the last whole step, safe from donation
 
-    def restore(self, first: int) -> None:
-        """The state after step `first`, and nothing of the later ones, which come again."""
-        self.learner.state = self.checkpoints.restore(first, self.learner.state)
+    def forget_after(self, first: int) -> None:
+        """The state is that after step `first`; what there is of later ones comes again."""
         self.whole = first, jax.device_get(self.learner.state)
         for folder in (self.run_dir / "adapters").glob("step_*"):
             if int(folder.name.removeprefix("step_")) > first:
