@@ -309,26 +309,6 @@ def test_ctrl_c_ends_with_130_and_the_command_that_goes_on(root, tmp_path):
 # -- bad input --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("changes", "says"),
-    [
-        ({"model_id": "no/such/folder/here"}, "model_id='no/such/folder/here'"),
-        ({"dataset_path": "nothing.jsonl"}, "nothing.jsonl"),
-        ({"eval_dataset_path": "nothing.jsonl"}, "nothing.jsonl"),
-        ({"prompt_template": "nothing.prompt"}, "nothing.prompt"),
-        ({"max_prompt_tokens": 17}, "no training problem is left"),
-        ({"attn_implementation": "cudnn", "dtype": "bfloat16"}, "cudnn needs a GPU, JAX has cpu"),
-    ],
-)
-def test_bad_input_is_refused_before_there_is_a_run_folder(
-    changes, says, root, tmp_path, monkeypatch
-):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(InputError, match=re.escape(says)):
-        train(tiny_config(root, base_dir=str(tmp_path / "runs"), **changes))
-    assert not (tmp_path / "runs").exists()
-
-
 def test_bad_input_is_one_message_and_exit_status_2(root, tmp_path):
     config = tiny_config(root, base_dir=str(tmp_path / "runs"))
     file = write_config_file(tmp_path / "c.py", config)
@@ -356,12 +336,6 @@ def test_without_a_server_the_run_fails_and_leaves_no_folder(root, tmp_path):
     with pytest.raises(RunError, match=r"python -m jgrpo\.serve"):
         train(config)
     assert not (tmp_path / "run").exists()  # so that the same command works once the server is up
-
-
-def test_a_run_without_a_checkpoint_cannot_be_resumed(run, root, tmp_path):
-    (tmp_path / "config.json").write_text((run / "config.json").read_text())
-    with pytest.raises(InputError, match="holds no checkpoint"):
-        train(tiny_config(root), resume=tmp_path)
 
 
 # -- options that change the update -----------------------------------------------------------
