@@ -14,6 +14,7 @@ run, as does another base model.
 
 import asyncio
 import logging
+import os
 import uuid
 from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
 from functools import partial
@@ -332,6 +333,8 @@ def _run(work: Callable[[httpx.AsyncClient], Iterable[Coroutine[Any, Any, T]]]) 
         timeout = httpx.Timeout(None, connect=10.0)
         # trust_env=False: a proxy from the environment must not come between us and localhost.
         async with httpx.AsyncClient(limits=limits, timeout=timeout, trust_env=False) as client:
+            if key := os.environ.get("VLLM_API_KEY"):  # no option: config.json would keep it
+                client.headers["Authorization"] = f"Bearer {key}"
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(coroutine) for coroutine in work(client)]
             return [task.result() for task in tasks]
@@ -354,7 +357,8 @@ def _words(response: httpx.Response) -> str:
 def _reply(response: httpx.Response) -> Any:
     """The JSON of an answer; RunError with the server's own words if it is a refusal."""
     if not response.is_success:
-        raise RunError(f"{response.url}: HTTP {response.status_code}: {_words(response)}")
+        key = "; VLLM_API_KEY must hold the server's key" * (response.status_code == 401)
+        raise RunError(f"{response.url}: HTTP {response.status_code}: {_words(response)}{key}")
     try:
         return response.json()
     except (ValueError, RecursionError):

@@ -62,6 +62,10 @@ def read_hf_config(folder: Path) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, KeyError, OSError, StrictDataclassError) as error:
+        if "trust_remote_code" in str(error):  # the remedy that transformers names is none here
+            raise InputError(
+                f"{folder}/config.json: the model needs code of its own, which is never run"
+            ) from error
         raise InputError(f"{folder}/config.json cannot be read: {error}") from error
 
 

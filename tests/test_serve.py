@@ -18,7 +18,7 @@ from vllm_server import END, vllm_server
 
 from jgrpo import serve
 from jgrpo.config import Config
-from jgrpo.errors import InputError
+from jgrpo.errors import InputError, RunError
 from jgrpo.vllm import VllmSampler
 
 CONFIG = Config(
@@ -113,6 +113,7 @@ needs_vllm = [
 MAX_TOKENS = 40
 PROMPTS = [[5, 6, 7], [9], [30, 31, 32, 33, 34], [5, 6, 8]]
 SEEDS = [1000, 2000, 3000, 4000]
+KEY = "sk-of-this-server"
 
 
 @dataclass
@@ -134,7 +135,8 @@ class Served:
 
     def ours(self) -> list[str]:
         """Names of the adapters that the server lists."""
-        cards = httpx.get(f"{self.url}/v1/models").json()["data"]
+        headers = {"Authorization": f"Bearer {KEY}"}
+        cards = httpx.get(f"{self.url}/v1/models", headers=headers).json()["data"]
         return [card["id"] for card in cards if card["id"].startswith("jgrpo-")]
 
 
@@ -205,8 +207,10 @@ def served(tmp_path_factory):
     write_model(model)
     for seed, folder in enumerate(adapters):
         write_adapter(model, folder, seed)
-    with vllm_server(model, root / "log", lora_r=1, max_tokens=40, max_prompt_tokens=24) as url:
-        yield Served(url, model, adapters)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_API_KEY", KEY)  # the server asks for it, the sampler brings it
+        with vllm_server(model, root / "log", lora_r=1, max_tokens=40, max_prompt_tokens=24) as url:
+            yield Served(url, model, adapters)
 
 
 class TestRealServer:
@@ -231,6 +235,11 @@ class TestRealServer:
         assert min(seen[1:]) > 0.01
         sampler.close()
         assert served.ours() == []
+
+    def test_without_the_key_the_server_lets_nobody_in(self, served, monkeypatch):
+        monkeypatch.setenv("VLLM_API_KEY", "another")
+        with pytest.raises(RunError, match=r"HTTP 401.*VLLM_API_KEY must hold the server's key"):
+            served.sampler()
 
     def test_the_sampled_end_token_comes_back_and_nothing_after_it(self, served):
         groups = served.sampler().sample(PROMPTS * 8, seeds=range(0, 3200, 100), group_size=2)
