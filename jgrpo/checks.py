@@ -87,16 +87,16 @@ def _wrong_values(c: Any) -> Iterator[str]:
             f"lora_target_modules={c.lora_target_modules!r}: name each of "
             f"{', '.join(PROJECTIONS)} at most once, and at least one"
         )
+    if "@" in c.vllm_url:  # not shown: what stands before it is a secret
+        yield (
+            "vllm_url: must not hold a user or password, which config.json and logs would keep; "
+            "give the server's API key as VLLM_API_KEY in the environment"
+        )
     if c.rollout == "vllm":
         if c.lora_r > VLLM_LORA_RANKS[-1]:
             yield f"lora_r={c.lora_r}: vLLM admits at most {VLLM_LORA_RANKS[-1]}; or --rollout jax"
         for url in c.vllm_urls:
-            if "@" in url:  # not shown: what stands before it is a secret
-                yield (
-                    "vllm_url: must not hold a user or password, which config.json and logs would "
-                    "keep; give the server's API key as VLLM_API_KEY in the environment"
-                )
-            elif not _is_address(url):
+            if not _is_address(url) and "@" not in url:
                 yield (
                     f"vllm_url={c.vllm_url!r}: {url!r} must be http://HOST:PORT or https://..., "
                     "without /v1"

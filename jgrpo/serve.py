@@ -12,6 +12,7 @@ import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from urllib.parse import urlsplit
 
 from jgrpo.cli import Serve, parse
@@ -77,7 +78,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = list(sys.argv[1:] if argv is None else argv)
     cut = args.index("--") if "--" in args else len(args)
     asked = parse(Serve, args[:cut])
-    start(asked.options, args[cut + 1 :], show=asked.print)
+    options = replace(asked.options, rollout="vllm")  # whose values are checked for a server
+    start(options, args[cut + 1 :], show=asked.print)
 
 
 def start(config: Config, extra: Sequence[str] = (), *, show: bool = False) -> None:

@@ -534,6 +534,12 @@ SERVE = {
     "serve without a port": of(
         sound, "http://HOST:PORT", line="serve --rollout vllm --vllm_url http://h:x"
     ),
+    "serve at no port for a config without a server": of(
+        sound, "http://HOST:PORT", line="serve --config c.py --vllm_url http://h:x"
+    ),
+    "serve no rank for a config without a server": of(
+        sound, "vLLM admits at most 512", line="serve --config c.py --lora_r 600"
+    ),
     "serve a rank too large": of(sound, "vLLM admits at most 512", line="serve --lora_r 600"),
 }
 PERMISSIONS = {

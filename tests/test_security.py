@@ -277,9 +277,10 @@ def test_the_key_is_taken_from_the_environment_and_written_nowhere(
     assert KEY not in str(error.value) + caplog.text + (tmp_path / "config.json").read_text()
 
 
-def test_a_password_in_the_address_is_refused_and_not_shown():
+@pytest.mark.parametrize("rollout", ["vllm", "jax"])
+def test_a_password_in_the_address_is_refused_and_not_shown(rollout):
     with pytest.raises(InputError, match="VLLM_API_KEY") as error:
-        Config(vllm_url=f"http://me:{KEY}@host:8000")
+        Config(vllm_url=f"http://me:{KEY}@host:x", rollout=rollout)
     assert KEY not in str(error.value)
 
 
