@@ -4,6 +4,9 @@ Everything else that a step depends on (prompt order, seeds) is a function of th
 step. Arrays are stored under readable names, so that no class of ours has to be unpickled.
 """
 
+import contextlib
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,21 @@ import orbax.checkpoint as ocp
 from jgrpo.errors import InputError
 
 Tree = Any
+
+
+@contextlib.contextmanager
+def _without_echoes() -> Iterator[None]:
+    """After an error, which is raised, TensorStore's threads report a closed event loop, each with
+    a traceback."""
+    before = sys.unraisablehook
+
+    def hook(report: Any) -> None:
+        if "Event loop is closed" not in str(report.exc_value):
+            before(report)
+
+    sys.unraisablehook = hook
+    yield
+    sys.unraisablehook = before  # not after an error: they come late, and the command ends
 
 
 class Checkpoints:
@@ -44,6 +62,7 @@ class Checkpoints:
             raise InputError(f"{self.folder} holds no checkpoint to resume from")
         return step
 
+    @_without_echoes()
     def restore(self, step: int, like: Tree) -> Tree:
         """The state after `step`, in the structure of `like`. InputError if it does not fit."""
         wanted = _by_name(like)
@@ -54,8 +73,10 @@ class Checkpoints:
                 raise ValueError(f"other arrays or shapes, as {odd[0]}")
             saved = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
         except (ValueError, KeyError, TypeError, OSError) as error:
+            what = str(error).split(" [tensorstore_spec=")[0]  # a page
             raise InputError(
-                f"checkpoint {step} in {self.folder} does not fit this run: {error}"
+                f"checkpoint {step} in {self.folder} does not fit this run: {what}\n"
+                "If it is damaged, remove its folder: the run goes on from the one before"
             ) from error
         leaves = [saved[name] for name in wanted]
         return jax.tree.unflatten(jax.tree.structure(like), leaves)

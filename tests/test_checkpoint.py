@@ -1,5 +1,8 @@
 """jgrpo.checkpoint: what is saved comes back to the bit, and what does not fit is refused."""
 
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -89,6 +92,35 @@ def test_a_damaged_checkpoint_is_refused(checkpoints, tmp_path):
     with pytest.raises(InputError, match=r"checkpoint 2 .* does not fit"):
         again.restore(2, state())
     again.close()
+
+
+RESTORE = """
+import sys, time
+from pathlib import Path
+from jgrpo.checkpoint import Checkpoints
+from jgrpo.errors import exit_status
+checkpoints = Checkpoints(Path(sys.argv[1]))
+with exit_status():
+    try:
+        checkpoints.restore(2, {})
+    finally:
+        time.sleep(0.5)
+"""
+
+
+def test_a_damaged_checkpoint_is_told_once_and_shortly(checkpoints, tmp_path):
+    """TensorStore's threads add a traceback each, some late; its error a page of specification."""
+    adapter = state()[0]
+    many = {str(i): x for i in range(30) for x in jax.tree.leaves(adapter)}
+    checkpoints.save(2, many)
+    (tmp_path / "checkpoints" / "000002" / "default" / "manifest.ocdbt").unlink()
+    done = subprocess.run(
+        [sys.executable, "-c", RESTORE, str(tmp_path)], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: checkpoint 2 in ")
+    assert "remove its folder" in done.stderr
+    assert len(done.stderr) < 800
 
 
 def test_half_a_checkpoint_is_none(checkpoints, tmp_path):
