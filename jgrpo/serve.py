@@ -78,6 +78,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = list(sys.argv[1:] if argv is None else argv)
     cut = args.index("--") if "--" in args else len(args)
     asked = parse(Serve, args[:cut])
+    if any(word.replace("_", "-").startswith("--api-key") for word in args[cut + 1 :]):
+        raise InputError(
+            "--api-key: a command line is seen by every user of the machine, and is logged; give "
+            "the key as VLLM_API_KEY in the environment, to the server and to the trainer"
+        )
     options = replace(asked.options, rollout="vllm")  # whose values are checked for a server
     start(options, args[cut + 1 :], show=asked.print)
 

@@ -334,6 +334,8 @@ def _run(work: Callable[[httpx.AsyncClient], Iterable[Coroutine[Any, Any, T]]]) 
         # trust_env=False: a proxy from the environment must not come between us and localhost.
         async with httpx.AsyncClient(limits=limits, timeout=timeout, trust_env=False) as client:
             if key := os.environ.get("VLLM_API_KEY"):  # no option: config.json would keep it
+                if not (key.isascii() and key.isprintable()):  # an error of httpx would show it
+                    raise RunError("VLLM_API_KEY holds a character that an HTTP header cannot")
                 client.headers["Authorization"] = f"Bearer {key}"
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(coroutine) for coroutine in work(client)]

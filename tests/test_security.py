@@ -277,6 +277,17 @@ def test_the_key_is_taken_from_the_environment_and_written_nowhere(
     assert KEY not in str(error.value) + caplog.text + (tmp_path / "config.json").read_text()
 
 
+@pytest.mark.parametrize("sign", ["\n", "\r\nX: y", "\u00e9"])
+def test_a_key_that_no_header_can_hold_is_refused_and_not_shown(sign, guarded, monkeypatch, caplog):
+    monkeypatch.setenv("VLLM_API_KEY", KEY + sign)
+    with pytest.raises(RunError, match="VLLM_API_KEY holds a character") as error:
+        VllmSampler(
+            [guarded], run_id="1", max_tokens=8, max_model_len=64, stop_token_ids=[1],
+            timeout_s=1, start_command="start",
+        )  # fmt: skip
+    assert KEY not in str(error.value) + caplog.text
+
+
 @pytest.mark.parametrize("rollout", ["vllm", "jax"])
 def test_a_password_in_the_address_is_refused_and_not_shown(rollout):
     with pytest.raises(InputError, match="VLLM_API_KEY") as error:
