@@ -16,6 +16,7 @@ POSITIVE = (
     *("cispo_max_ratio", "importance_weight_cap", "max_sampling_rounds", "prm_batch_size"),
 )
 VLLM_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+MAX_GRADER_WORKERS = 256
 
 
 def problems_of(c: Any) -> list[str]:
@@ -41,15 +42,19 @@ def _wrong_values(c: Any) -> Iterator[str]:
     for name in POSITIVE:
         if not 0 < (value := getattr(c, name)) < float("inf"):
             yield f"{name}={value!r}: must be {'finite' if value > 0 else 'positive'}"
+        elif isinstance(value, int) and value >= 2**31:
+            yield f"{name}={value!r}: must be below 2**31"
     for name in ("seed", "eval_every", "beta", "overlong_cache", "warmup_steps", "entropy_coef"):
         if not 0 <= getattr(c, name) < 2**31:
             yield f"{name}={getattr(c, name)!r}: must not be negative, and below 2**31"
     for field in dataclasses.fields(c):
         if isinstance(value := getattr(c, field.name), str) and "\0" in value:
             yield f"{field.name}={value!r}: must not hold a NUL"
-    for name in ("model_id", "dataset_path", "prompt_template"):
+    for name in ("model_id", "prm_model_id", "dataset_path", "prompt_template", "base_dir"):
         if not getattr(c, name).strip():
             yield f"{name}={getattr(c, name)!r}: must not be empty (default: {_default(c, name)})"
+    if c.grader_workers > MAX_GRADER_WORKERS:
+        yield f"grader_workers={c.grader_workers}: must be at most {MAX_GRADER_WORKERS} (processes)"
     if c.group_size == 1:
         yield "group_size=1: a group of one has no advantage; use 2 or more"
     if not 0 < c.clip_eps < 1:

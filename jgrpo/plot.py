@@ -162,6 +162,8 @@ def save(folders: Sequence[Path], out: Path | None = None) -> Path:
         raise InputError(f"run {', '.join(empty)}: metrics.jsonl has no line yet")
     if out is None:
         out = folders[0] / "curves.png" if len(folders) == 1 else Path("curves.png")
+    if out.is_dir():
+        raise InputError(f"--out {out}: is a folder; give a file, as {out}/curves.png")
     try:
         draw(runs).savefig(out)
     except (OSError, ValueError) as error:

@@ -87,6 +87,8 @@ def read_row(fields: Mapping[str, Any]) -> tuple[str, str]:
         raise ValueError("the problem is empty or not text")
     if not gold.strip():
         raise ValueError(reason)
+    if any("\ud800" <= char <= "\udfff" for char in problem + gold):
+        raise ValueError("half a surrogate pair, which is no text, in the problem or its answer")
     return problem.strip(), gold.strip()
 
 

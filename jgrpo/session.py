@@ -31,7 +31,7 @@ from jgrpo.rollout import Completion, Progress, Sampler, prompt_seeds
 from jgrpo.sampler import JaxSampler
 from jgrpo.tokenizer import load_tokenizer, stop_token_ids
 from jgrpo.vllm import VllmSampler
-from jgrpo.weights import abstract_model, load_model, model_config, model_folder
+from jgrpo.weights import abstract_model, load_model, model_config, model_folder, read_hf_config
 
 PROBE_PROMPTS, PROBE_TOKENS, PROBE_SHIFT_NATS, LEAST_SHIFT_NATS = 4, 16, 0.3, 0.01
 PROBE_SHARE = {"float32": 0.01, "bfloat16": 0.5}
@@ -84,6 +84,12 @@ def open_problems(config: Config) -> Problems:
     """Tokenizer and problems; the model's config is read too, so that all bad input shows."""
     folder = str(model_folder(config.model_id))
     model_config(Path(folder))
+    n_positions = read_hf_config(Path(folder)).max_position_embeddings
+    if config.max_model_len > n_positions:
+        raise InputError(
+            f"max_prompt_tokens={config.max_prompt_tokens} and max_tokens={config.max_tokens} are "
+            f"more than the model's max_position_embeddings={n_positions}: lower one of them"
+        )
     tokenizer = load_tokenizer(folder)
     train, evaluation, report = load_problems(
         tokenizer,

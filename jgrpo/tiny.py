@@ -28,6 +28,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config
 
 from jgrpo.cli import tune_allocator
+from jgrpo.errors import InputError, exit_status
 from jgrpo.model import Decoder, ModelConfig
 from jgrpo.weights import save_model
 
@@ -226,7 +227,10 @@ class Args:
 
 def main() -> None:
     args = tyro.cli(Args, prog="python -m jgrpo.tiny")
-    args.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        args.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{args.folder}: {error}; give a folder to write to") from error
     tokenizer = make_tokenizer()
     hf = Qwen3Config(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4,
@@ -248,4 +252,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     tune_allocator()
-    main()
+    with exit_status():
+        main()

@@ -48,7 +48,10 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase, model_id: str) -> tuple[i
     ids = {tokenizer.eos_token_id}
     for name in ("generation_config.json", "config.json"):
         eos = _read_model_json(model_id, name).get("eos_token_id")
-        ids.update(eos if isinstance(eos, list) else [eos])
+        found = eos if isinstance(eos, list) else [eos]
+        if not all(i is None or isinstance(i, int) for i in found):
+            raise InputError(f"model_id={model_id}: {name}: eos_token_id={eos!r}: needs token ids")
+        ids.update(found)
     if not (stop := sorted(i for i in ids if i is not None)):
         raise InputError(
             f"model_id={model_id}: no eos_token_id in the tokenizer, generation_config.json or "
@@ -62,7 +65,10 @@ def _read_model_json(model_id: str, name: str) -> dict[str, Any]:
         file = Path(model_id) / name
         if not Path(model_id).is_dir():
             file = Path(huggingface_hub.hf_hub_download(model_id, name))
-        return json.loads(file.read_text("utf-8"))
+        content = json.loads(file.read_text("utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("needs an object")
+        return content
     except (FileNotFoundError, EntryNotFoundError):
         return {}
     except (OSError, ValueError) as error:
@@ -93,5 +99,10 @@ def render(
                 f"({type(error).__name__}: {error}); mend or remove it there"
             ) from error
         prompts = cast(list[str], rendered)
+        if not any(text in prompt for text, prompt in zip(texts, prompts, strict=True)):
+            raise InputError(
+                f"the chat template of {tokenizer.name_or_path} leaves the user's message out, and "
+                f"writes {prompts[0]!r:.60}; mend or remove it there"
+            )
     ids = tokenizer(prompts, add_special_tokens=not has_template)["input_ids"]
     return prompts, [tuple(row) for row in ids]

@@ -32,6 +32,10 @@ from jgrpo.model import Decoder, ModelConfig
 
 LEAF_NAMES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 MAX_PROBLEMS_SHOWN = 12
+SIZES = (
+    *("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads"),
+    *("num_key_value_heads", "vocab_size"),
+)
 FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer*"]
 M = TypeVar("M", bound=nnx.Module)
 
@@ -73,9 +77,12 @@ def model_config(folder: Path) -> ModelConfig:
     """The shape of the model in a folder. Raises InputError for what we cannot run."""
     hf = read_hf_config(folder)
     try:
-        return ModelConfig.from_hf(hf)
+        config = ModelConfig.from_hf(hf)
     except InputError as error:
         raise InputError(f"{folder}/config.json: {error}") from None
+    if odd := [f"{name}={getattr(hf, name)}" for name in SIZES if getattr(hf, name) < 1]:
+        raise InputError(f"{folder}/config.json: {', '.join(odd)}: must be positive")
+    return config
 
 
 def abstract_model(folder: Path, **options: Any) -> Decoder:
@@ -136,6 +143,8 @@ def _open_all(folder: Path, files: ExitStack) -> dict:
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            if odd := [name for name in names if Path(name).name != name]:
+                raise ValueError(f"{odd[0]!r} is not in the folder")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{index} is damaged ({error!r}); download it again") from error
     else:

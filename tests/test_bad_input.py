@@ -174,6 +174,14 @@ FLAGS = {
     "greedy rollouts": flags("--temperature 0", "temperature=0.0: must be positive"),
     "temperature NaN": flags("--temperature nan", "temperature=nan: must be positive"),
     "steps as a float": flags("--n_grpo_steps 1e3", "--n_grpo_steps", "1e3"),
+    "a length beyond the model's": flags(
+        "--max_tokens 500", "max_prompt_tokens=18 and max_tokens=500", "max_position_embeddings=256"
+    ),
+    "a number beyond int32": flags("--max_tokens 99999999999", "must be below 2**31"),
+    "more processes than there can be": flags(
+        "--grader_workers 100000", "grader_workers=100000: must be at most 256"
+    ),
+    "no folder for runs": flags("--base_dir=", "base_dir='': must not be empty"),
     "negative size": flags("--max_tokens -5", "max_tokens=-5: must be positive"),
     "seed negative": flags("--seed -1", "seed=-1: must not be negative"),
     "seed too large": flags("--seed 2147483648", "seed=2147483648: must", "below 2**31"),
@@ -253,6 +261,10 @@ DATA = {
     "problem not text": of(
         rows({"question": ["1 + 1?"], "answer": "2"}),
         "no training problem is left", "the problem is empty or not text: 1 rows (train[0])",
+    ),
+    "half a surrogate pair": of(
+        rows({"question": "\ud800 + 1?", "answer": "2"}),
+        "no training problem is left", "half a surrogate pair, which is no text",
     ),
     "problem empty": of(rows({"question": "  ", "answer": "2"}), "the problem is empty"),
     "nothing boxed": of(
@@ -363,6 +375,23 @@ MODELS = {
         write("base/chat_template.jinja", "{{ raise_exception('System role first') }}"),
         "chat template", "System role first",
     ),
+    "chat template that leaves the problem out": of(
+        write("base/chat_template.jinja", "Hello!"), "leaves the user's message out", "'Hello!'"
+    ),
+    "empty chat template": of(
+        write("base/chat_template.jinja", ""), "leaves the user's message out", "mend or remove it"
+    ),
+    "end token as a word": of(
+        write("base/generation_config.json", '{"eos_token_id": "</s>"}'),
+        "generation_config.json: eos_token_id='</s>': needs token ids",
+    ),
+    "generation config a list": of(
+        write("base/generation_config.json", "[1]"), "generation_config.json: needs an object"
+    ),
+    "no width": of(
+        fields("base/config.json", hidden_size=0), "base/config.json: hidden_size=0: must be"
+    ),
+    "negative width": of(fields("base/config.json", hidden_size=-64), "hidden_size=-64: must be"),
     "generation config cut": of(
         write("base/generation_config.json", "{"), "model_id=base: generation_config.json"
     ),
@@ -394,6 +423,14 @@ MODELS = {
     "shard missing": of(
         write("base/model.safetensors.index.json", '{"weight_map": {"a": "m-1-of-2.safetensors"}}'),
         "model folder base has no m-1-of-2.safetensors",
+    ),
+    "index leads elsewhere": of(
+        write("base/model.safetensors.index.json", '{"weight_map": {"a": "../x.safetensors"}}'),
+        "index.json is damaged", "'../x.safetensors' is not in the folder",
+    ),
+    "index of numbers": of(
+        write("base/model.safetensors.index.json", '{"weight_map": {"a": 3}}'),
+        "index.json is damaged",
     ),
     "index damaged": of(
         write("base/model.safetensors.index.json", "{"), "index.json is damaged",
@@ -452,6 +489,7 @@ RUNS = {
     "no metrics to plot": of(
         remove("run/metrics.jsonl"), "run: not a run folder: it has no metrics", line="plot run"
     ),
+    "plot over a folder": of(sound, "--out run: is a folder", line="plot run --out run"),
     "plot into nowhere": of(sound, "--out no/c.png", line="plot run --out no/c.png"),
     "no checkpoint": of(
         remove(LAST), "holds no checkpoint to resume from", line=RESUME
@@ -531,6 +569,13 @@ ADAPTERS = {
     ),
 }  # fmt: skip
 SERVE = {
+    "make the toy in a file": of(sound, "c.py", "give a folder to write to", line="tiny c.py"),
+    "a key on the command line": of(
+        sound,
+        "--api-key: a command line is seen",
+        "VLLM_API_KEY",
+        line="serve --config c.py -- --api-key=sk-1",
+    ),
     "serve without a port": of(
         sound, "http://HOST:PORT", line="serve --rollout vllm --vllm_url http://h:x"
     ),
