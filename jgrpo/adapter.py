@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
+from safetensors.numpy import save as to_safetensors
 
 from jgrpo.config import PROJECTIONS
 from jgrpo.errors import InputError
@@ -86,7 +87,9 @@ def save(adapter: nnx.State, folder: Path, config: AdapterConfig, base_model: st
         "inference_mode": True,
     }
     (partial / CONFIG_FILE).write_text(json.dumps(peft, indent=2) + "\n")
-    save_file(adapter_arrays(adapter), partial / WEIGHTS_FILE, metadata={"format": "pt"})
+    # Not save_file, which gives its files mode 0600, and errors of its own.
+    weights = to_safetensors(adapter_arrays(adapter), metadata={"format": "pt"})
+    (partial / WEIGHTS_FILE).write_bytes(weights)
     os.rename(partial, folder)
 
 

@@ -2,6 +2,7 @@
 represented is refused; a folder is whole or absent."""
 
 import json
+import os
 from pathlib import Path
 
 import jax
@@ -209,18 +210,28 @@ def test_a_folder_is_never_written_twice(checkpoint, folder):
 def test_a_write_that_fails_leaves_no_folder_and_can_be_repeated(checkpoint, tmp_path, monkeypatch):
     model, folder = merged(*adapted(checkpoint("qwen3-tied"), 1)), tmp_path / "step_000001"
 
-    def full_disk(arrays, file, **_):
-        Path(file).write_bytes(b"half")
+    def full_disk(file, data):
+        with open(file, "wb") as half:
+            half.write(data[: len(data) // 2])
         raise OSError("No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(adapters, "save_file", full_disk)
+        patched.setattr(Path, "write_bytes", full_disk)
         with pytest.raises(OSError, match="No space left"):
             jgrpo.save_adapter(model, folder)
     assert not folder.exists()
     jgrpo.save_adapter(model, folder)
     assert [f.name for f in tmp_path.iterdir()] == ["step_000001"]
     load(checkpoint, folder)
+
+
+def test_files_have_the_permissions_that_the_umask_leaves(checkpoint, tmp_path):
+    before = os.umask(0o027)
+    try:
+        jgrpo.save_adapter(merged(*adapted(checkpoint("qwen3-tied"), 1)), tmp_path / "a")
+    finally:
+        os.umask(before)
+    assert {f.stat().st_mode & 0o777 for f in (tmp_path / "a").iterdir()} == {0o640}
 
 
 def test_the_name_appears_when_the_folder_is_whole(checkpoint, tmp_path, monkeypatch):
