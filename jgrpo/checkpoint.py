@@ -5,6 +5,8 @@ step. Arrays are stored under readable names, so that no class of ours has to be
 """
 
 import contextlib
+import logging
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +16,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from jgrpo.errors import InputError
+from jgrpo.errors import InputError, RunError
 
 Tree = Any
 
@@ -34,33 +36,60 @@ def _without_echoes() -> Iterator[None]:
     sys.unraisablehook = before  # not after an error: they come late, and the command ends
 
 
-class Checkpoints:
-    """The checkpoints of a run folder; the last two are kept. Each appears whole or not at all."""
+@contextlib.contextmanager
+def _without_orbax_s_log() -> Iterator[None]:
+    """Orbax's threads log a traceback of each error that `save` raises anyway."""
+    logger = logging.getLogger("absl")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
-    def __init__(self, run_dir: Path, *, keep: int = 2):
+
+class Checkpoints:
+    """The checkpoints of a run folder. Each appears whole or not at all.
+
+    Who writes says how many stay, and what a killed run left half done is removed: the last `keep`
+    stay (None: nothing is removed), and those of the steps that `keep_period` divides (0: none).
+    """
+
+    def __init__(self, run_dir: Path, *, keep: int | None = None, keep_period: int = 0):
         self.folder = (Path(run_dir) / "checkpoints").absolute()
+        if keep:
+            self._remove_unfinished()
+            steps = sorted(int(f.name) for f in self.folder.glob("*") if f.name.isdecimal())
+            for step in steps[:-keep]:  # half removed already? Orbax would count it
+                if not keep_period or step % keep_period:
+                    shutil.rmtree(self.folder / f"{step:06d}")
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, enable_async_checkpointing=False, step_format_fixed_length=6
+            max_to_keep=keep,
+            keep_period=keep_period or None,
+            enable_async_checkpointing=False,
+            step_format_fixed_length=6,
         )
         self._manager = ocp.CheckpointManager(
             self.folder, item_handlers=ocp.StandardCheckpointHandler(), options=options
         )
 
     def save(self, step: int, state: Tree) -> None:
-        """Write the state after `step`, unless it is there already."""
-        if step not in self._manager.all_steps():
-            self._manager.save(step, args=ocp.args.StandardSave(_by_name(state)))
+        """Write the state after `step`, unless it is there already. RunError if the disk does not
+        take it; the former ones stay."""
+        if step in self.steps():
+            return
+        try:
+            with _without_orbax_s_log():
+                self._manager.save(step, args=ocp.args.StandardSave(_by_name(state)))
+        except (OSError, ValueError) as error:  # TensorStore says so that the disk is full
+            self._remove_unfinished()
+            raise RunError(
+                f"the checkpoint of step {step} cannot be written to {self.folder}: {error}"
+            ) from error
 
     def steps(self) -> list[int]:
         """The steps that are saved, in order."""
         return sorted(self._manager.all_steps())
-
-    def latest_step(self) -> int:
-        """The last step that was saved. InputError if there is none."""
-        step = self._manager.latest_step()
-        if step is None:
-            raise InputError(f"{self.folder} holds no checkpoint to resume from")
-        return step
 
     @_without_echoes()
     def restore(self, step: int, like: Tree) -> Tree:
@@ -83,6 +112,22 @@ class Checkpoints:
 
     def close(self) -> None:
         self._manager.close()
+
+    def _remove_unfinished(self) -> None:
+        for folder in self.folder.glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(folder)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Orbax's threads log a traceback of each error that `save` raises anyway."""
+    logger = logging.getLogger("absl")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _shapes(arrays: dict[str, Any]) -> dict[str, tuple]:

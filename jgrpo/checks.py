@@ -12,7 +12,7 @@ POSITIVE = (
     *("lora_r", "lora_alpha", "lr", "n_grpo_steps", "n_prompts_per_step", "group_size"),
     *("epochs_per_step", "micro_batch_size", "expected_maximum_length", "grader_timeout_s"),
     *("grader_workers", "max_prompt_tokens", "vllm_timeout_s", "max_logprob_diff", "max_tokens"),
-    *("temperature", "n_eval_prompts", "checkpoint_every", "updates_per_epoch"),
+    *("temperature", "n_eval_prompts", "checkpoint_every", "save_total_limit", "updates_per_epoch"),
     *("cispo_max_ratio", "importance_weight_cap", "max_sampling_rounds", "prm_batch_size"),
 )
 VLLM_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -44,7 +44,8 @@ def _wrong_values(c: Any) -> Iterator[str]:
             yield f"{name}={value!r}: must be {'finite' if value > 0 else 'positive'}"
         elif isinstance(value, int) and value >= 2**31:
             yield f"{name}={value!r}: must be below 2**31"
-    for name in ("seed", "eval_every", "beta", "overlong_cache", "warmup_steps", "entropy_coef"):
+    for name in ("seed", "eval_every", "beta", "overlong_cache", "warmup_steps", "entropy_coef",
+                 "checkpoint_keep_period"):  # fmt: skip
         if not 0 <= getattr(c, name) < 2**31:
             yield f"{name}={getattr(c, name)!r}: must not be negative, and below 2**31"
     for field in dataclasses.fields(c):

@@ -27,8 +27,8 @@ KEEP_FREED_MEMORY = (
 )
 CHANGEABLE_ON_RESUME = {
     "n_grpo_steps", "vllm_url", "vllm_timeout_s", "micro_batch_size", "gradient_checkpointing",
-    "eval_every", "checkpoint_every", "grader_timeout_s", "grader_workers", "max_logprob_diff",
-    "max_mean_logprob_diff",
+    "eval_every", "checkpoint_every", "save_total_limit", "checkpoint_keep_period",
+    "grader_timeout_s", "grader_workers", "max_logprob_diff", "max_mean_logprob_diff",
 }  # fmt: skip
 """Options that a resumed run may change: none of them changes what is computed for a step."""
 

@@ -175,7 +175,11 @@ class Config:
     n_eval_prompts: int = 1000
     """Evaluation problems used."""
     checkpoint_every: int = 5
-    """Steps between checkpoints (also at the end and on Ctrl-C)."""
+    """Steps between checkpoints (also before the first, at the end and on Ctrl-C)."""
+    save_total_limit: int = 2
+    """The last checkpoints that are kept."""
+    checkpoint_keep_period: int = 0
+    """Checkpoints of the steps that this divides are kept beside them, for good; 0: none."""
 
     def __post_init__(self) -> None:
         if isinstance(self.lora_target_modules, list):  # as JSON has it

@@ -4,7 +4,10 @@ A file that is written whole goes to a temporary name first and is renamed, so t
 run that is killed, never sees half of one.
 """
 
+import contextlib
 import dataclasses
+import errno
+import fcntl
 import json
 import math
 import os
@@ -13,13 +16,15 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from jgrpo.errors import InputError
+from jgrpo.errors import InputError, RunError
 
+OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO}
+"""Errors of the disk, which a user can mend; others are ours."""
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "transformers", "datasets", "vllm")
 
 
@@ -47,6 +52,7 @@ def named_run_dir(run_dir: str | Path) -> Path:
     folder = Path(run_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        remove_unfinished(folder)  # a start that was killed may have left half a config.json
         if used := sorted(f.name for f in folder.iterdir()):
             raise InputError(
                 f"run_dir={run_dir}: must be new or empty, has {', '.join(used[:4])}; "
@@ -60,6 +66,56 @@ def named_run_dir(run_dir: str | Path) -> Path:
 def is_writable(folder: Path) -> bool:
     """May this process write into the folder?"""
     return os.access(folder, os.W_OK, effective_ids=os.access in os.supports_effective_ids)
+
+
+@contextlib.contextmanager
+def claimed(run_dir: Path) -> Iterator[None]:
+    """Hold a run folder for this process, until it ends in whatever way.
+
+    InputError if it may not write there, or another process is at work in it; RunError for what
+    the disk refuses meanwhile. (Where the file system knows no locks, nothing is held.)
+    """
+    if not is_writable(run_dir):
+        raise InputError(f"{run_dir}: Permission denied; go on as the run's owner")
+    folder = os.open(run_dir, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(folder)
+        raise InputError(f"{run_dir}: another process is at work in it; end that one") from None
+    except OSError:
+        pass
+    try:
+        yield
+    except OSError as error:
+        if error.errno in OF_THE_DISK:
+            raise RunError(f"{run_dir}: {error}") from error
+        raise
+    finally:
+        os.close(folder)
+
+
+def remove_unfinished(run_dir: Path) -> None:
+    """Remove what a killed process has left half-written under temporary names."""
+    for folder in (run_dir, run_dir / "rollouts", run_dir / "adapters"):
+        for file in folder.glob(".*.tmp"):
+            file.unlink()
+        for partial in folder.glob(".*.partial"):
+            shutil.rmtree(partial)
+
+
+def remove_later(run_dir: Path, last_step: int) -> None:
+    """Remove adapters and rollouts of steps after `last_step`, which are about to come again, and
+    what is half-written."""
+    remove_unfinished(run_dir)
+    for entry in (*run_dir.glob("adapters/step_*"), *run_dir.glob("rollouts/step_*.jsonl")):
+        number = entry.stem.removeprefix("step_")
+        if not number.isdecimal() or int(number) <= last_step:
+            continue
+        if entry.is_dir():  # renamed first: a folder is whole or absent
+            shutil.rmtree(entry.rename(entry.with_name(f".{entry.name}.partial")))
+        else:
+            entry.unlink()
 
 
 def remove_if_empty(run_dir: Path) -> None:
@@ -116,24 +172,38 @@ def write_config(run_dir: Path, config: Any, extra: Mapping[str, Any]) -> Path:
 
     `config` is a dataclass instance; `extra` adds keys at the top (devices, data report, ...).
     """
+    options = dataclasses.asdict(config)
+    content = {"config": options, "seed": options.get("seed"), **_circumstances(), **extra}
+    write_whole(run_dir / "config.json", json.dumps(jsonable(content), indent=2) + "\n")
+    return run_dir / "config.json"
+
+
+def add_resume(run_dir: Path, config: Any, step: int, extra: Mapping[str, Any]) -> None:
+    """Note in config.json under "resumes" that the run went on after `step`: command, versions,
+    hardware, and the options that changed, as {name: [before, now]}. Those of the first start stay;
+    "config" holds the options of now."""
+    content = read_config(run_dir)
+    before, now = content["config"], jsonable(dataclasses.asdict(config))
+    changed = {k: [before.get(k), v] for k, v in now.items() if before.get(k) != v}
+    resume = {"step": step, **_circumstances(), **extra, "changed": changed}
+    content |= {"config": now, "resumes": [*content.get("resumes", []), jsonable(resume)]}
+    write_whole(run_dir / "config.json", json.dumps(content, indent=2) + "\n")
+
+
+def _circumstances() -> dict[str, Any]:
+    """Command, commit, versions and hardware of this process."""
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    options = dataclasses.asdict(config)
-    content = {
-        "config": options,
-        "seed": options.get("seed"),
+    return {
         "command": shlex.join(sys.orig_argv),
         "git_commit": _git_commit(),
         "versions": versions,
         "hardware": {"platform": platform.platform(), "cpus": os.cpu_count(), "cpu": _cpu_name()},
-        **extra,
     }
-    write_whole(run_dir / "config.json", json.dumps(jsonable(content), indent=2) + "\n")
-    return run_dir / "config.json"
 
 
 def read_config(run_dir: str | Path) -> dict[str, Any]:
@@ -141,6 +211,11 @@ def read_config(run_dir: str | Path) -> dict[str, Any]:
     file = Path(run_dir) / "config.json"
     try:
         content = json.loads(file.read_text("utf-8"))
+    except FileNotFoundError:
+        raise InputError(
+            f"{run_dir}: not a run folder: it has no config.json (a run that was stopped before it "
+            "wrote one has nothing to go on from: start it again with --config)"
+        ) from None
     except OSError as error:
         raise InputError(f"{run_dir}: not a run folder: {error}") from error
     except (ValueError, RecursionError) as error:
@@ -202,9 +277,12 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
-def truncate_metrics(run_dir: Path, last_step: int) -> None:
-    """Keep the lines of steps up to `last_step`; the rest is about to be computed again."""
+def truncate_metrics(run_dir: Path, last_step: int) -> list[dict[str, Any]]:
+    """Keep the lines of steps up to `last_step`, and return them; the rest is about to be computed
+    again."""
     file = run_dir / "metrics.jsonl"
-    if file.is_file():
-        kept = [row for row in read_metrics(run_dir) if row["step"] <= last_step]
-        write_whole(file, "".join(map(json_line, kept)))
+    if not file.is_file():
+        return []
+    kept = [row for row in read_metrics(run_dir) if row["step"] <= last_step]
+    write_whole(file, "".join(map(json_line, kept)))
+    return kept

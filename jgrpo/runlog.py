@@ -7,7 +7,6 @@ On a terminal two bars (steps, and the phase at work) stay below the lines that 
 import contextlib
 import logging
 import math
-import os
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -27,7 +26,9 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 from rich.text import Text
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 
 from jgrpo.errors import RunError, printable
 from jgrpo.rollout import Progress as Advance
@@ -58,8 +59,8 @@ class RunLog:
     """The log of one run; a context manager, so that the terminal is whole again after an error.
 
     `resume_step`: go on after this step; what was logged of later ones is removed (TensorBoard:
-    hidden). `live` and `console` follow the terminal unless given. The seconds of each phase add up
-    in `seconds`, until `take_seconds` hands them over.
+    hidden by the first event of the next file). `live` and `console` follow the terminal unless
+    given. The seconds of each phase add up in `seconds`, until `take_seconds` hands them over.
     """
 
     def __init__(
@@ -76,16 +77,19 @@ class RunLog:
         self._run_dir = run_dir
         self._n_steps = n_steps
         self._header_shown = False
-        if resume_step is not None:
-            truncate_metrics(run_dir, resume_step)
+        rows = [] if resume_step is None else truncate_metrics(run_dir, resume_step)
         # Unbuffered: one write a line, so that a killed run tears at most the last.
         self._file = (run_dir / "metrics.jsonl").open("ab", buffering=0)
-        self._tensorboard = SummaryWriter(
-            str(run_dir),
-            purge_step=None if resume_step is None else resume_step + 1,
-            # Names go by the second: a resume at once would overwrite the first event file.
-            filename_suffix=f".{os.getpid()}.{resume_step or 0}",
-        )
+        # Names go by the second; TensorBoard reads the files in the order of their names.
+        n_files = len(list(run_dir.glob("events.out.tfevents.*")))
+        # Not SummaryWriter: its thread would keep the last points back, and on a full disk die.
+        self._events = EventsWriter(str(run_dir / "events"), f".{n_files:06d}")
+        if resume_step is not None:
+            start = SessionLog(status=SessionLog.START)
+            self._events.write_event(Event(step=resume_step, session_log=start))
+            for row in rows:  # the last step's again: a kill may have come between the two logs
+                if row["step"] == resume_step:
+                    self._add_event(row)
         self._progress = Progress(
             TextColumn("{task.description:<10}"),
             BarColumn(bar_width=16),
@@ -111,8 +115,9 @@ class RunLog:
 
     def close(self) -> None:
         self._progress.stop()
-        self._tensorboard.close()
         self._file.close()
+        with contextlib.suppress(OSError):  # a full disk was told of when it was written to
+            self._events.close()
 
     def info(self, text: str, *, style: str = "") -> None:
         """Print text of any origin: nothing in it is taken for markup or a control code."""
@@ -177,14 +182,24 @@ class RunLog:
             self._progress.stop_task(task)
 
     def _write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        row = {"step": step, **metrics}
+        line = json_line(row).encode()
         try:
-            self._file.write(json_line({"step": step, **metrics}).encode())
+            while line:  # a disk that is nearly full takes a part, and fails at the next
+                line = line[self._file.write(line) :]
+            self._add_event(row)
         except OSError as error:
-            raise RunError(f"{self._run_dir}/metrics.jsonl: {error}") from error
-        for tag, value in metrics.items():
-            if value is not None:
-                self._tensorboard.add_scalar(tag, value, step)
-        self._tensorboard.flush()
+            raise RunError(f"{self._run_dir}: the metrics cannot be written: {error}") from error
+
+    def _add_event(self, row: Mapping[str, Any]) -> None:
+        values = [
+            Summary.Value(tag=tag, simple_value=value)
+            for tag, value in row.items()
+            if tag != "step" and value is not None
+        ]
+        event = Event(wall_time=time.time(), step=row["step"], summary=Summary(value=values))
+        self._events.write_event(event)
+        self._events.flush()
 
     def _show_step(self, step: int, metrics: dict[str, Any]) -> None:
         tokens, seconds = metrics.get("tokens/trained"), metrics.get("time/step")

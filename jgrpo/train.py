@@ -43,11 +43,13 @@ from jgrpo.plot import draw
 from jgrpo.rewards import combine, custom_rewards, length_penalty
 from jgrpo.rollout import Sampler
 from jgrpo.rundir import (
-    is_writable,
+    add_resume,
+    claimed,
     named_run_dir,
     next_run_dir,
     read_metrics,
     remove_if_empty,
+    remove_later,
     run_id,
     write_config,
     write_rollouts,
@@ -85,16 +87,21 @@ def train(config: Config, resume: Path | None = None) -> Path:
         policy = open_policy(config)
         run_dir = resume or new_run_dir(config)
         stack.callback(remove_if_empty, run_dir)
-        if not is_writable(run_dir):
-            raise InputError(f"{run_dir}: Permission denied; go on as the run's owner")
-        checkpoints = Checkpoints(run_dir)
+        stack.enter_context(claimed(run_dir))
+        keep = {"keep": config.save_total_limit, "keep_period": config.checkpoint_keep_period}
+        checkpoints = Checkpoints(run_dir, **keep)
         stack.callback(checkpoints.close)
         learner, first = Learner(config, policy.graph, policy.adapter, policy.base), 0
         if resume:  # before anything of the run, or on the server, is changed
-            first = checkpoints.latest_step()
-            learner.state = checkpoints.restore(first, learner.state)
+            first = restore(config, run_dir, checkpoints, learner)
         sampler = open_sampler(config, policy, problems.stop_token_ids, run_id(run_dir))
         stack.callback(sampler.close)
+        devices = {"devices": [str(d) for d in jax.devices()]}
+        if resume:
+            add_resume(run_dir, config, first, devices)
+            remove_later(run_dir, first)
+        else:
+            write_config(run_dir, config, devices)
         log = stack.enter_context(
             RunLog(run_dir, config.n_grpo_steps, resume_step=first if resume else None)
         )
@@ -103,28 +110,40 @@ def train(config: Config, resume: Path | None = None) -> Path:
             log.info(line)
         for line in without_effect(config):
             log.info(line, style="yellow")
-        write_config(run_dir, config, {"devices": [str(d) for d in jax.devices()]})
-        loop = Loop(
-            config, run_dir, problems, policy, learner, sampler, grader, scorers, log, checkpoints
-        )
-        if resume:
-            loop.forget_after(first)
+        parts = learner, sampler, grader, scorers, log, checkpoints
+        loop = Loop(config, run_dir, problems, policy, *parts, first)
         try:
             loop.start(first)
             loop.run(first)
+            finish(run_dir, log)
         except BaseException as error:
             with no_more_interrupts():
-                checkpoints.save(*loop.whole)
-            message = f"stopped after step {loop.whole[0]}; to go on: "
-            message += f"python -m jgrpo.train --resume {run_dir}"
+                message = loop.stop()
             if ran_out(error):
                 error = RunError(f"out of memory: {KNOBS}. {str(error).splitlines()[0]}")
             if isinstance(error, RunError | OSError):
                 raise RunError(f"{error}\n{message}") from error
             log.info(message)
             raise
-        finish(run_dir, log)
     return run_dir
+
+
+def restore(config: Config, run_dir: Path, checkpoints: Checkpoints, learner: Learner) -> int:
+    """Give the learner the last checkpoint's state -> its step; 0 for a run that was killed before
+    its first checkpoint, which begins anew. InputError if the run cannot go on."""
+    if not (saved := checkpoints.steps()):
+        if (run_dir / "adapters" / "step_000001").exists():
+            raise InputError(
+                f"{checkpoints.folder} holds no checkpoint to resume from, though the run has "
+                "trained: bring the folder back, or start a new run with --config"
+            )
+        return 0
+    if (first := saved[-1]) > config.n_grpo_steps:
+        raise InputError(
+            f"n_grpo_steps={config.n_grpo_steps}: the run has done {first} steps; ask for more"
+        )
+    learner.state = checkpoints.restore(first, learner.state)
+    return first
 
 
 def dry_run(config: Config) -> None:
@@ -152,27 +171,29 @@ class Loop:
         scorers: Scorers,
         log: RunLog,
         checkpoints: Checkpoints,
+        first: int,
     ):
         self.config, self.run_dir, self.problems, self.policy = config, run_dir, problems, policy
         self.sampler, self.grader, self.scorers = sampler, grader, scorers
         self.log, self.checkpoints = log, checkpoints
         self.collector = Collector(config, problems, sampler, grader)
         self.learner = learner
-        self.whole = (
-            0,
-            jax.device_get(self.learner.state),
-        )  # the last whole step, safe from donation
+        self.whole = first, jax.device_get(learner.state)
+        """The last whole step, and the state after it, safe from donation."""
 
-    def forget_after(self, first: int) -> None:
-        """The state is that after step `first`; what there is of later ones comes again."""
-        self.whole = first, jax.device_get(self.learner.state)
-        for folder in (self.run_dir / "adapters").glob("step_*"):
-            if int(folder.name.removeprefix("step_")) > first:
-                shutil.rmtree(folder)
+    def stop(self) -> str:
+        """Save the last whole step, and say from where the run can go on."""
+        step, again = self.whole[0], f"python -m jgrpo.train --resume {self.run_dir}"
+        try:
+            self.checkpoints.save(*self.whole)
+        except RunError as error:
+            last = max(self.checkpoints.steps(), default=0)
+            return f"stopped after step {step}; {error}\nto go on after step {last}: {again}"
+        return f"stopped after step {step}; to go on: {again}"
 
     def start(self, first: int) -> None:
         """Everything before the next step: self-tests, the probe, the adapter, its evaluation (if
-        the run was not stopped after it)."""
+        the run was not stopped after it), the first checkpoint."""
         self.grader.self_test()
         if not is_small(self.policy):
             self.rehearse()
@@ -192,6 +213,7 @@ class Loop:
         rows = read_metrics(self.run_dir)
         if not any(row["step"] == first and "eval/accuracy" in row for row in rows):
             self.evaluate_if_due(first)
+        self.checkpoints.save(*self.whole)
 
     def rehearse(self) -> None:
         """Train on the largest micro-batch that can come, and forget it: what does not fit into

@@ -29,7 +29,7 @@ def state(seed: int = 0, rank: int = 2):
 
 @pytest.fixture
 def checkpoints(tmp_path):
-    opened = Checkpoints(tmp_path)
+    opened = Checkpoints(tmp_path, keep=2)
     yield opened
     opened.close()
 
@@ -38,7 +38,7 @@ def test_adapter_and_optimizer_state_come_back_to_the_bit(checkpoints, tmp_path)
     saved = state()
     checkpoints.save(3, jax.device_get(saved))
     again = Checkpoints(tmp_path)  # as a resumed process would
-    restored = again.restore(again.latest_step(), state(seed=1))
+    restored = again.restore(again.steps()[-1], state(seed=1))
     again.close()
     assert jax.tree.structure(restored) == jax.tree.structure(saved)
     for a, b in zip(jax.tree.leaves(saved), jax.tree.leaves(restored), strict=True):
@@ -52,7 +52,7 @@ def test_the_last_two_are_kept_and_the_last_is_found(checkpoints, tmp_path):
     for step in (2, 4, 6):
         checkpoints.save(step, state(step))
     assert sorted(f.name for f in (tmp_path / "checkpoints").iterdir()) == ["000004", "000006"]
-    assert checkpoints.latest_step() == 6
+    assert checkpoints.steps()[-1] == 6
     adapter, _ = checkpoints.restore(4, state())
     assert np.array_equal(*(s["layers"]["q_proj"]["lora_A"] for s in (adapter, state(4)[0])))
 
@@ -77,10 +77,35 @@ def test_a_checkpoint_with_other_names_is_refused(checkpoints):
         checkpoints.restore(2, ({"layers": {"k_proj": adapter["layers"]["q_proj"]}}, opt_state))
 
 
-def test_a_folder_without_a_checkpoint_is_refused(checkpoints, tmp_path):
-    with pytest.raises(InputError, match="holds no checkpoint") as error:
-        checkpoints.latest_step()
-    assert str(tmp_path) in str(error.value)
+def test_a_folder_without_a_checkpoint_has_no_step(checkpoints):
+    assert checkpoints.steps() == []
+
+
+def names(run_dir):
+    return sorted(f.name for f in (run_dir / "checkpoints").iterdir())
+
+
+def test_every_nth_is_kept_beside_the_last_ones(tmp_path):
+    opened = Checkpoints(tmp_path, keep=1, keep_period=4)
+    for step in range(0, 12, 2):
+        opened.save(step, state(step))
+    opened.close()
+    assert names(tmp_path) == ["000000", "000004", "000008", "000010"]
+    again = Checkpoints(tmp_path, keep=1)  # a resume may ask for fewer
+    assert names(tmp_path) == ["000010"]
+    again.close()
+
+
+def test_what_a_kill_left_is_removed(checkpoints, tmp_path):
+    for step in (4, 6):
+        checkpoints.save(step, state(step))
+    folder = tmp_path / "checkpoints"
+    (folder / "000002" / "default").mkdir(parents=True)  # half removed, after 6 was there
+    (folder / "000008.orbax-checkpoint-tmp" / "default").mkdir(parents=True)  # half written
+    Checkpoints(tmp_path).close()  # a reader, perhaps beside a run that is at work
+    assert len(names(tmp_path)) == 4
+    Checkpoints(tmp_path, keep=2).close()
+    assert names(tmp_path) == ["000004", "000006"]
 
 
 def test_a_damaged_checkpoint_is_refused(checkpoints, tmp_path):
@@ -121,12 +146,3 @@ def test_a_damaged_checkpoint_is_told_once_and_shortly(checkpoints, tmp_path):
     assert done.stderr.startswith("error: checkpoint 2 in ")
     assert "remove its folder" in done.stderr
     assert len(done.stderr) < 800
-
-
-def test_half_a_checkpoint_is_none(checkpoints, tmp_path):
-    checkpoints.save(2, state())
-    unfinished = tmp_path / "checkpoints" / "000004.orbax-checkpoint-tmp"
-    unfinished.mkdir()
-    again = Checkpoints(tmp_path)
-    assert again.latest_step() == 2
-    again.close()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jgrpo import rundir
-from jgrpo.errors import InputError
+from jgrpo.errors import InputError, RunError
 
 
 def test_run_folders_count_up_and_are_never_shared(tmp_path):
@@ -75,8 +75,55 @@ def test_the_config_says_what_it_takes_to_repeat_the_run(tmp_path):
     assert content["hardware"]["cpus"] > 0
 
 
+def test_a_resume_is_noted_and_what_the_first_start_wrote_stays(tmp_path):
+    rundir.write_config(tmp_path, Options(), {"devices": ["cpu:0"]})
+    first = rundir.read_config(tmp_path)
+    rundir.add_resume(tmp_path, Options(), 2, {"devices": ["cpu:1"]})
+    rundir.add_resume(tmp_path, Options(seed=43), 4, {"devices": ["cpu:0"]})
+    content = rundir.read_config(tmp_path)
+    one, two = content.pop("resumes")
+    assert (one["step"], one["changed"], one["devices"]) == (2, {}, ["cpu:1"])
+    assert (two["step"], two["changed"]) == (4, {"seed": [42, 43]})
+    assert one.keys() == {"step", "changed", *first} - {"config", "seed"}
+    assert content == first | {"config": first["config"] | {"seed": 43}}
+
+
+def test_a_folder_is_held_by_one_process_at_a_time(tmp_path):
+    with (
+        rundir.claimed(tmp_path),
+        pytest.raises(InputError, match="another process is at work"),
+        rundir.claimed(tmp_path),
+    ):
+        pass
+    with pytest.raises(RunError, match=r"No space left"), rundir.claimed(tmp_path):
+        raise OSError(28, "No space left on device")
+    with rundir.claimed(tmp_path):
+        pass
+
+
+def test_what_a_kill_left_goes_and_what_is_whole_stays(tmp_path):
+    adapters, rollouts = tmp_path / "adapters", tmp_path / "rollouts"
+    for k in (1, 2, 3):
+        (adapters / f"step_{k:06d}").mkdir(parents=True)
+        rundir.write_rollouts(tmp_path, k, [{"a": k}])
+    (adapters / ".step_000004.partial").mkdir()
+    (rollouts / ".step_000004.jsonl.77.tmp").touch()
+    (tmp_path / ".config.json.77.tmp").touch()
+    rundir.remove_unfinished(tmp_path)
+    assert not list(tmp_path.rglob(".*"))
+    rundir.remove_later(tmp_path, 2)
+    assert sorted(f.name for f in adapters.iterdir()) == ["step_000001", "step_000002"]
+    assert sorted(f.stem for f in rollouts.iterdir()) == ["step_000001", "step_000002"]
+    assert not list(tmp_path.rglob(".*"))
+
+
+def test_a_start_that_was_killed_can_be_given_again(tmp_path):
+    (tmp_path / ".config.json.77.tmp").write_text("{")
+    assert rundir.named_run_dir(tmp_path) == tmp_path
+
+
 def test_a_folder_that_is_no_run_is_named(tmp_path):
-    with pytest.raises(InputError, match="not a run folder"):
+    with pytest.raises(InputError, match=r"not a run folder.*no config.json.*--config"):
         rundir.read_config(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(InputError, match="not JSON"):

@@ -2,13 +2,12 @@
 
 import io
 import json
-import struct
 import threading
 
 import numpy as np
 import pytest
 from rich.console import Console
-from tensorboardX.proto.event_pb2 import Event
+from tiny_run import curves
 
 from jgrpo.errors import RunError, exit_status
 from jgrpo.runlog import RunLog, printable
@@ -43,22 +42,6 @@ def lines(run_dir) -> list[dict]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-def events(run_dir) -> list[Event]:
-    """TFRecord: length (8 bytes), its checksum (4), the event, its checksum (4)."""
-    found = []
-    for file in sorted(run_dir.glob("events.out.tfevents.*"), key=lambda f: f.stat().st_mtime_ns):
-        data = file.read_bytes()
-        while data:
-            (length,) = struct.unpack("<Q", data[:8])
-            found.append(Event.FromString(data[12 : 12 + length]))
-            data = data[16 + length :]
-    return found
-
-
-def scalars(run_dir) -> dict[tuple[str, int], float]:
-    return {(v.tag, e.step): v.simple_value for e in events(run_dir) for v in e.summary.value}
-
-
 def test_a_line_a_step_and_an_evaluation_on_its_own(tmp_path):
     with RunLog(tmp_path, 2, console=plain()) as log:
         log.log(1, {"train/loss": np.float32(0.5), "tokens/trained": np.int64(7)} | EVALUATION)
@@ -72,15 +55,15 @@ def test_nan_and_infinity_are_null_in_valid_json(tmp_path):
     with RunLog(tmp_path, 1, console=plain()) as log:
         log.log(1, {"train/loss": float("nan"), "train/grad_norm": np.float32("inf"), "a": 1.0})
     assert lines(tmp_path) == [{"step": 1, "train/loss": None, "train/grad_norm": None, "a": 1.0}]
-    assert scalars(tmp_path) == {("a", 1): 1.0}
+    assert curves(tmp_path) == {("a", 1): [1.0]}
 
 
 def test_tensorboard_holds_the_same_tags_and_values(tmp_path):
     with RunLog(tmp_path, 3, console=plain()) as log:
         log.log(3, STEP)
         log.log(3, EVALUATION)
-    expected = {(tag, 3): pytest.approx(v, rel=1e-6) for tag, v in (STEP | EVALUATION).items()}
-    assert scalars(tmp_path) == expected
+    expected = {(tag, 3): [pytest.approx(v, rel=1e-6)] for tag, v in (STEP | EVALUATION).items()}
+    assert curves(tmp_path) == expected
 
 
 def test_resume_forgets_later_steps_and_a_torn_line_in_both_places(tmp_path):
@@ -99,9 +82,29 @@ def test_resume_forgets_later_steps_and_a_torn_line_in_both_places(tmp_path):
         (3, 30.0),
     ]
     assert len(list(tmp_path.glob("events.out.tfevents.*"))) == 2  # the first is not overwritten
-    starts = [e.step for e in events(tmp_path) if e.HasField("session_log")]
-    assert starts == [3]  # TensorBoard hides the first file's steps from here on
+    assert curves(tmp_path) == {
+        ("eval/accuracy", 0): pytest.approx([0.1]),
+        ("train/loss", 1): [1.0],
+        ("train/loss", 2): [2.0],
+        ("train/loss", 3): [30.0],
+    }
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_point_that_only_tensorboard_lacks_comes_with_the_resume(tmp_path):
+    """A kill between the two logs; the step's checkpoint was written in an earlier life."""
+    with RunLog(tmp_path, 4, console=plain()) as log:
+        log.log(2, {"train/loss": 2.0})
+        log._file.write(b'{"step": 2, "eval/accuracy": 0.5}\n')
+    with RunLog(tmp_path, 4, resume_step=2, console=plain()) as log:
+        pass
+    assert curves(tmp_path) == {("train/loss", 2): [2.0], ("eval/accuracy", 2): [0.5]}
+
+
+def test_what_is_logged_is_on_the_disk_in_both_places(tmp_path):
+    with RunLog(tmp_path, 1, console=plain()) as log:
+        log.log(1, {f"train/{n}": float(n) for n in range(30)})
+        assert len(curves(tmp_path)) == 30
 
 
 def test_the_step_line_shows_the_metrics_under_their_titles(tmp_path):
@@ -206,6 +209,23 @@ def test_an_error_that_quotes_a_server_cannot_steer_the_terminal(capsys):
     assert capsys.readouterr().err == r"error: http://server: \x1b]0;owned\x07 \x1b[2J" + "\n"
 
 
+def test_a_disk_that_takes_a_part_of_a_line_is_told_of(tmp_path):
+    class NearlyFull(io.RawIOBase):
+        room = 5
+
+        def write(self, data):
+            taken, self.room = min(self.room, len(data)), 0
+            if not taken:
+                raise OSError(28, "No space left on device")
+            return taken
+
+    with RunLog(tmp_path, 1, console=plain()) as log:
+        log._file.close()
+        log._file = NearlyFull()
+        with pytest.raises(RunError, match=r"No space left"):
+            log.log(1, {"train/loss": 1.0})
+
+
 def test_a_full_disk_is_one_message(tmp_path):
     class Full(io.RawIOBase):
         def write(self, data):
@@ -214,5 +234,5 @@ def test_a_full_disk_is_one_message(tmp_path):
     with RunLog(tmp_path, 1, console=plain()) as log:
         log._file.close()
         log._file = Full()
-        with pytest.raises(RunError, match=r"metrics.jsonl.*No space left"):
+        with pytest.raises(RunError, match=r"metrics cannot be written.*No space left"):
             log.log(1, {"train/loss": 1.0})

@@ -1,8 +1,11 @@
 """jgrpo.train as a whole, on a model of 70 thousand parameters with the embedded sampler: what a
 run leaves behind, that it repeats itself to the bit (resumed or not), and that it learns."""
 
+import contextlib
 import dataclasses
+import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +18,7 @@ import pytest
 from tiny_run import (
     arrays_of,
     comparable,
+    curves,
     final_adapter,
     peft_logprobs,
     read_lines,
@@ -27,9 +31,9 @@ from tiny_run import (
 
 from jgrpo import train as train_module
 from jgrpo.errors import InputError, RunError
-from jgrpo.rundir import read_config, read_metrics
+from jgrpo.rundir import claimed, read_config, read_metrics
 from jgrpo.tiny import END, make_tokenizer
-from jgrpo.train import train
+from jgrpo.train import Loop, train
 
 ROOT = Path(__file__).parent.parent
 STEP_TAGS = {
@@ -187,9 +191,8 @@ def test_the_same_config_gives_the_same_run_to_the_bit(run, root):
     assert again.name == "2"
     assert comparable(read_metrics(again)) == comparable(read_metrics(run))
     assert same_bits(final_adapter(again), final_adapter(run))
-    assert [(again / f"rollouts/step_{k:06d}.jsonl").read_bytes() for k in (1, 4)] == [
-        (run / f"rollouts/step_{k:06d}.jsonl").read_bytes() for k in (1, 4)
-    ]
+    for file in (run / "rollouts").iterdir():
+        assert (again / "rollouts" / file.name).read_bytes() == file.read_bytes()
 
 
 def test_another_seed_gives_another_run(run, root):
@@ -207,7 +210,11 @@ def test_a_run_that_is_made_longer_is_the_longer_run(run, root):
     train(dataclasses.replace(config, n_grpo_steps=4), resume=short)
     assert comparable(read_metrics(short)) == comparable(read_metrics(run))
     assert same_bits(final_adapter(short), final_adapter(run))
-    assert read_config(short)["config"]["n_grpo_steps"] == 4
+    saved = read_config(short)
+    assert saved["config"]["n_grpo_steps"] == 4
+    [resume] = saved["resumes"]
+    assert (resume["step"], resume["changed"]) == (2, {"n_grpo_steps": [2, 4]})
+    assert resume.keys() > {"command", "git_commit", "versions", "hardware", "devices"}
 
 
 def test_updates_that_are_not_finite_are_skipped_and_three_in_a_row_end_the_run(
@@ -297,7 +304,7 @@ def test_ctrl_c_ends_with_130_and_the_command_that_goes_on(root, tmp_path):
     assert "Traceback" not in err
     last = int(re.findall(r"stopped after step (\d+)", out)[0])
     assert last >= 2
-    assert read_metrics(folder)[-1]["step"] == last
+    assert read_metrics(folder)[-1]["step"] in (last, last + 1)  # it may come after the line
     go_on = start("--resume", str(folder), "--n_grpo_steps", str(last + 2))
     out, err = go_on.communicate(timeout=120)
     assert go_on.returncode == 0, err
@@ -336,6 +343,77 @@ def test_without_a_server_the_run_fails_and_leaves_no_folder(root, tmp_path):
     with pytest.raises(RunError, match=r"python -m jgrpo\.serve"):
         train(config)
     assert not (tmp_path / "run").exists()  # so that the same command works once the server is up
+
+
+def test_a_run_whose_checkpoints_are_gone_cannot_be_resumed(run, root, tmp_path):
+    """It would begin anew, over what it has trained."""
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
+    with pytest.raises(InputError, match=r"holds no checkpoint .*, though the run has trained"):
+        train(tiny_config(root), resume=tmp_path / "run")
+    assert len(list((tmp_path / "run" / "adapters").iterdir())) == 5
+    assert len(read_metrics(tmp_path / "run")) == 7
+
+
+def test_a_run_at_work_is_not_resumed_by_another_process(run, root):
+    with claimed(run), pytest.raises(InputError, match="another process is at work in it"):
+        train(tiny_config(root), resume=run)
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(run, root, tmp_path):
+    """With config.json, the fresh adapter, half an evaluation line, and half an adapter there."""
+    folder = tmp_path / "run"
+    (folder / "adapters" / ".probe.partial").mkdir(parents=True)
+    (folder / "checkpoints").mkdir()
+    shutil.copytree(run / "adapters" / "step_000000", folder / "adapters" / "step_000000")
+    shutil.copy(run / "config.json", folder)
+    (folder / "metrics.jsonl").write_text('{"step": 0, "eval/accu')
+    train(tiny_config(root), resume=folder)
+    assert comparable(read_metrics(folder)) == comparable(read_metrics(run))
+    assert same_bits(final_adapter(folder), final_adapter(run))
+    assert not list(folder.rglob(".*"))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own, of 1.2 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1200k", "none", str(folder)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no permission to mount a file system")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("room_bytes", [4_096, 20_480, 45_056, 98_304, 147_456])
+def test_a_full_disk_ends_the_run_and_with_room_it_goes_on(
+    room_bytes, run, root, small_disk, monkeypatch
+):
+    """The disk fills up after step 2 and its checkpoint, but for some room: so that a write of
+    rollouts fails, of an adapter, of a checkpoint."""
+    folder, ballast = small_disk / "run", small_disk / "ballast"
+    real = Loop.step
+
+    def step(loop, k):
+        if k == 3:
+            disk = os.statvfs(small_disk)
+            ballast.write_bytes(b"x" * (disk.f_bavail * disk.f_frsize - room_bytes))
+        real(loop, k)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Loop, "step", step)
+        with pytest.raises(RunError, match=r"(?is)no space left.*stopped after step.*--resume"):
+            train(tiny_config(root, run_dir=str(folder)))
+    with ballast.open("ab") as file, contextlib.suppress(OSError):
+        file.write(b"x" * room_bytes)
+    with pytest.raises(RunError, match=r"(?i)no space left"):  # still full
+        train(tiny_config(root, run_dir=str(folder)), resume=folder)
+    ballast.unlink()
+    train(tiny_config(root, run_dir=str(folder)), resume=folder)
+    assert comparable(read_metrics(folder)) == comparable(read_metrics(run))
+    assert same_bits(final_adapter(folder), final_adapter(run))
+    assert sorted(curves(folder)) == sorted(curves(run))
+    assert not [f for f in folder.rglob("*") if f.name.startswith(".") or "tmp" in f.name]
 
 
 # -- options that change the update -----------------------------------------------------------

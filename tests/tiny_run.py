@@ -6,6 +6,7 @@ differ within a group, advantages are not zero, and the adapter has something to
 """
 
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file
 from safetensors.torch import save_file as save_torch
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 from transformers import Qwen2Config, Qwen2Model, Qwen3Config, Qwen3ForCausalLM
 
 from jgrpo.config import Config
@@ -108,6 +110,25 @@ def comparable(rows: list[dict]) -> list[dict]:
         {k: v for k, v in row.items() if not k.startswith("time/") and k != "train/compilations"}
         for row in rows
     ]
+
+
+def curves(run: Path) -> dict[tuple[str, int], list[float]]:
+    """The points that TensorBoard shows, {(tag, step): values}: it reads the event files in the
+    order of their names, up to a torn record, and drops, at a START, the steps from there on.
+
+    A record: length (8 bytes), its checksum (4), the event, its checksum (4).
+    """
+    points: dict[tuple[str, int], list[float]] = {}
+    for file in sorted(run.glob("events.out.tfevents.*")):
+        data = file.read_bytes()
+        while len(data) > 16 and len(data) >= 16 + (length := struct.unpack("<Q", data[:8])[0]):
+            event = Event.FromString(data[12 : 12 + length])
+            data = data[16 + length :]
+            if event.session_log.status == SessionLog.START:
+                points = {key: values for key, values in points.items() if key[1] < event.step}
+            for value in event.summary.value:
+                points.setdefault((value.tag, event.step), []).append(value.simple_value)
+    return points
 
 
 def arrays_of(adapter: Path) -> dict[str, np.ndarray]:
