@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from jgrpo.errors import InputError, RunError
+from jgrpo.errors import InputError, RunError, interrupts_later
 
 Tree = Any
 
@@ -74,12 +74,12 @@ class Checkpoints:
         )
 
     def save(self, step: int, state: Tree) -> None:
-        """Write the state after `step`, unless it is there already. RunError if the disk does not
-        take it; the former ones stay."""
+        """Write the state after `step`, unless it is there already; Ctrl-C waits for it. RunError
+        if the disk does not take it; the former ones stay."""
         if step in self.steps():
             return
         try:
-            with _without_orbax_s_log():
+            with interrupts_later(), _without_orbax_s_log():
                 self._manager.save(step, args=ocp.args.StandardSave(_by_name(state)))
         except (OSError, ValueError) as error:  # TensorStore says so that the disk is full
             self._remove_unfinished()
@@ -116,18 +116,6 @@ class Checkpoints:
     def _remove_unfinished(self) -> None:
         for folder in self.folder.glob("*.orbax-checkpoint-tmp*"):
             shutil.rmtree(folder)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Orbax's threads log a traceback of each error that `save` raises anyway."""
-    logger = logging.getLogger("absl")
-    before = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
 
 
 def _shapes(arrays: dict[str, Any]) -> dict[str, tuple]:

@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 
 class InputError(ValueError):
@@ -44,11 +45,32 @@ def exit_status() -> Iterator[None]:
 @contextlib.contextmanager
 def no_more_interrupts() -> Iterator[None]:
     """A second Ctrl-C must not tear what is written after the first."""
+    with _on_interrupt(signal.SIG_IGN):
+        yield
+
+
+@contextlib.contextmanager
+def interrupts_later() -> Iterator[None]:
+    """Ctrl-C, or SIGTERM, comes when what must not be torn is done."""
+    came: list[int] = []
+    with _on_interrupt(lambda number, _: came.append(number)):
+        yield
+    for number in came[:1]:
+        signal.raise_signal(number)
+
+
+@contextlib.contextmanager
+def _on_interrupt(handler: Any) -> Iterator[None]:
+    """Handle both signals so, but for one that is ignored already."""
     if threading.current_thread() is not threading.main_thread():
         yield  # signals do not come here
         return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    both = signal.SIGINT, signal.SIGTERM
+    before = {s: h for s in both if (h := signal.getsignal(s)) != signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, former in before.items():
+            signal.signal(number, former)

@@ -1,15 +1,17 @@
 """jgrpo.checkpoint: what is saved comes back to the bit, and what does not fit is refused."""
 
+import signal
 import subprocess
 import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from jgrpo.checkpoint import Checkpoints
-from jgrpo.errors import InputError
+from jgrpo.errors import InputError, no_more_interrupts
 from jgrpo.update import adam
 
 
@@ -62,6 +64,29 @@ def test_a_step_is_written_once(checkpoints):
     checkpoints.save(2, state(1))
     adapter, _ = checkpoints.restore(2, state())
     assert np.array_equal(*(s["layers"]["q_proj"]["lora_A"] for s in (adapter, state(0)[0])))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_waits_until_the_checkpoint_is_whole(checkpoints, monkeypatch, number):
+    """Orbax's threads would go on writing into what the next try removes."""
+    real = ocp.CheckpointManager.save
+
+    def save(*args, **kwargs):
+        signal.raise_signal(number)
+        real(*args, **kwargs)
+
+    monkeypatch.setattr(ocp.CheckpointManager, "save", save)
+    before = signal.signal(number, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            checkpoints.save(2, state())
+        assert checkpoints.steps()[-1] == 2
+        with no_more_interrupts():
+            checkpoints.save(3, state())  # and once the run is ending, nothing comes
+        assert signal.getsignal(number) is signal.default_int_handler
+    finally:
+        signal.signal(number, before)
+    assert checkpoints.steps()[-1] == 3
 
 
 def test_a_checkpoint_of_another_shape_is_refused(checkpoints):
