@@ -52,7 +52,7 @@ def chaos(root: Path, *, kills: int, seed: int = 0) -> Counter[str]:
     """
     write_base(root / "base")
     write_problems(root)
-    options = {"n_grpo_steps": kills + 8, "eval_every": 5, "checkpoint_keep_period": 10}
+    options = {"n_grpo_steps": 2 * kills + 8, "eval_every": 5, "checkpoint_keep_period": 10}
     config = tiny_config(root, **options, run_dir=str(root / "calm"))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["jgrpo.train"])
@@ -102,15 +102,17 @@ def live(config: Config, environment: dict[str, str], log: str) -> None:
 
 
 def await_a_moment(run: Path, process, rng: random.Random, aim: str) -> None:
-    """Wait until what the kill is aimed at is near (or the life has ended), and a little longer."""
+    """Wait until what the kill is aimed at is near (or the life has ended), and a little longer.
+    The first, second or third time in a life, so that the run gets on."""
     pattern = WATCHED[aim]
     if not pattern:
         time.sleep(rng.uniform(0, START_S))
         return
-    there = set(run.glob(pattern))
-    while process.is_alive() and not (now := set(run.glob(pattern))) - there:
-        there = now
-        time.sleep(0.0005)
+    for _ in range(1 if aim == "the probe" else rng.randint(1, 3)):
+        there = set(run.glob(pattern))
+        while process.is_alive() and not (now := set(run.glob(pattern))) - there:
+            there = now
+            time.sleep(0.0005)
     time.sleep(PHASE_S * rng.random() ** 3)
 
 
