@@ -4,11 +4,12 @@ With dynamic sampling (DAPO, Yu et al. 2025, section 3.2) groups that are all ri
 and so have nothing to teach, are replaced by others, in a bounded number of rounds.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from jgrpo.batch import Rows
 from jgrpo.config import Config
 from jgrpo.grader import Grader
 from jgrpo.prompts import Problem, replacement_indices, step_indices
@@ -55,6 +56,37 @@ class Rollout:
     def truncated(self) -> np.ndarray:
         """bool [P, G]: cut off by max_tokens"""
         return np.array([[c.finish_reason == "length" for c in g.completions] for g in self.groups])
+
+    def rows(self, advantages: np.ndarray, mask_truncated: bool) -> Rows:
+        """As the learner takes it: N = P * G rows, groups together. advantages: float32 [P, G]."""
+        completions = [completion for g in self.groups for completion in g.completions]
+        return Rows(
+            [g.problem.prompt_ids for g in self.groups for _ in g.completions],
+            [completion.token_ids for completion in completions],
+            [completion.logprobs for completion in completions],
+            advantages.reshape(-1),
+            ~self.truncated.reshape(-1) if mask_truncated else None,
+        )
+
+    def lines(
+        self, parts: dict[str, np.ndarray], rewards: np.ndarray, advantages: np.ndarray
+    ) -> Iterator[dict]:
+        """One line a completion for the rollouts file; other programs rely on the fields."""
+        for p, group in enumerate(self.groups):
+            for g, completion in enumerate(group.completions):
+                yield {
+                    "problem": group.problem.problem,
+                    "prompt": group.problem.prompt,
+                    "completion": group.texts[g],
+                    "prompt_ids": group.problem.prompt_ids,
+                    "token_ids": completion.token_ids,
+                    "sampler_logprobs": completion.logprobs,
+                    "gold": group.problem.gold,
+                    "reward": rewards[p, g],
+                    "reward_parts": {name: part[p, g] for name, part in parts.items()},
+                    "advantage": advantages[p, g],
+                    "finish_reason": completion.finish_reason,
+                }
 
 
 class Collector:

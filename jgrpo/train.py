@@ -15,8 +15,8 @@ if __name__ == "__main__":  # before JAX is imported: help and mistakes are answ
 import shutil
 import signal
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -24,7 +24,6 @@ import numpy as np
 
 from jgrpo import adapter as adapters
 from jgrpo.advantages import group_advantages, leave_one_out
-from jgrpo.batch import Rows
 from jgrpo.checkpoint import Checkpoints
 from jgrpo.checks import without_effect
 from jgrpo.collect import Collector, Rollout
@@ -113,8 +112,8 @@ def train(config: Config, resume: Path | None = None) -> Path:
         parts = learner, sampler, grader, scorers, log, checkpoints
         loop = Loop(config, run_dir, problems, policy, *parts, first)
         try:
-            loop.start(first)
-            loop.run(first)
+            loop.start()
+            loop.run()
             finish(run_dir, log)
         except BaseException as error:
             with no_more_interrupts():
@@ -156,30 +155,30 @@ def dry_run(config: Config) -> None:
         print(printable(line))
 
 
+@dataclass
 class Loop:
     """One run's parts, and the steps over them."""
 
-    def __init__(
-        self,
-        config: Config,
-        run_dir: Path,
-        problems: Problems,
-        policy: Policy,
-        learner: Learner,
-        sampler: Sampler,
-        grader: Grader,
-        scorers: Scorers,
-        log: RunLog,
-        checkpoints: Checkpoints,
-        first: int,
-    ):
-        self.config, self.run_dir, self.problems, self.policy = config, run_dir, problems, policy
-        self.sampler, self.grader, self.scorers = sampler, grader, scorers
-        self.log, self.checkpoints = log, checkpoints
-        self.collector = Collector(config, problems, sampler, grader)
-        self.learner = learner
-        self.whole = first, jax.device_get(learner.state)
-        """The last whole step, and the state after it, safe from donation."""
+    config: Config
+    run_dir: Path
+    problems: Problems
+    policy: Policy
+    learner: Learner
+    sampler: Sampler
+    grader: Grader
+    scorers: Scorers
+    log: RunLog
+    checkpoints: Checkpoints
+    first: int
+    """The step that the learner's state is of: the run goes on after it."""
+
+    def __post_init__(self) -> None:
+        self.collector = Collector(self.config, self.problems, self.sampler, self.grader)
+        self.keep(self.first)
+
+    def keep(self, step: int) -> None:
+        """Remember the state after `step`, which is whole, safe from donation."""
+        self.whole = step, jax.device_get(self.learner.state)
 
     def stop(self) -> str:
         """Save the last whole step, and say from where the run can go on."""
@@ -191,7 +190,7 @@ class Loop:
             return f"stopped after step {step}; {error}\nto go on after step {last}: {again}"
         return f"stopped after step {step}; to go on: {again}"
 
-    def start(self, first: int) -> None:
+    def start(self) -> None:
         """Everything before the next step: self-tests, the probe, the adapter, its evaluation (if
         the run was not stopped after it), the first checkpoint."""
         self.grader.self_test()
@@ -204,15 +203,15 @@ class Loop:
             "the sampler follows the adapter: gap {probe/gap_mean:.1e} mean, {probe/gap_max:.1e} "
             "max (to the base: {probe/gap_to_base_mean:.1e})".format(**gaps)
         )
-        if self.adapter_folder(first).exists():
-            self.sampler.load(self.adapter_folder(first))
+        if self.adapter_folder(self.first).exists():
+            self.sampler.load(self.adapter_folder(self.first))
         else:
-            self.publish(first)
+            self.publish(self.first)
         shutil.rmtree(probe)  # only now: a server dies if a loaded adapter's folder goes
         self.log.take_seconds()
         rows = read_metrics(self.run_dir)
-        if not any(row["step"] == first and "eval/accuracy" in row for row in rows):
-            self.evaluate_if_due(first)
+        if not any(row["step"] == self.first and "eval/accuracy" in row for row in rows):
+            self.evaluate_if_due(self.first)
         self.checkpoints.save(*self.whole)
 
     def rehearse(self) -> None:
@@ -224,8 +223,8 @@ class Loop:
             learner, (adapter, _) = self.learner, self.learner.state
             jax.block_until_ready(learner.update.gradient(adapter, learner.base, [batch], 1.0))
 
-    def run(self, first: int) -> None:
-        for step in range(first + 1, self.config.n_grpo_steps + 1):
+    def run(self) -> None:
+        for step in range(self.first + 1, self.config.n_grpo_steps + 1):
             self.step(step)
             self.evaluate_if_due(step)
             if step % self.config.checkpoint_every == 0 or step == self.config.n_grpo_steps:
@@ -241,17 +240,17 @@ class Loop:
             advantages_of = leave_one_out if c.use_leave_one_out else group_advantages
             advantages = advantages_of(rewards, c.use_std_norm)
         with log.phase("training"):
-            rows = rows_of(rollout, advantages, c.mask_truncated_completions)
+            rows = rollout.rows(advantages, c.mask_truncated_completions)
             metrics = self.learner.learn(rows)
         if problem := gap_problem(metrics, c):
             raise RunError(f"step {step}: {problem}")
         with log.phase("export"):
-            write_rollouts(self.run_dir, step, lines_of(rollout, parts, rewards, advantages))
+            write_rollouts(self.run_dir, step, rollout.lines(parts, rewards, advantages))
         self.publish(step)
         metrics |= step_metrics(rollout, parts, rewards, advantages)
         metrics |= log.take_seconds() | {"time/step": time.perf_counter() - start_s}
         log.log(step, metrics)
-        self.whole = step, jax.device_get(self.learner.state)
+        self.keep(step)
         self.check_updates(step, metrics)
 
     def check_updates(self, step: int, metrics: dict[str, float]) -> None:
@@ -307,18 +306,6 @@ class Loop:
         self.log.log(step, metrics | self.log.take_seconds())
 
 
-def rows_of(rollout: Rollout, advantages: np.ndarray, mask_truncated: bool) -> Rows:
-    """A rollout as the learner takes it: N = P * G rows, groups together."""
-    completions = [completion for g in rollout.groups for completion in g.completions]
-    return Rows(
-        [g.problem.prompt_ids for g in rollout.groups for _ in g.completions],
-        [completion.token_ids for completion in completions],
-        [completion.logprobs for completion in completions],
-        advantages.reshape(-1),
-        ~rollout.truncated.reshape(-1) if mask_truncated else None,
-    )
-
-
 def step_metrics(rollout: Rollout, parts, rewards, advantages) -> dict[str, float]:
     """Figures of all that was sampled, and of the rewards that were trained on, part by part."""
     return rollout.metrics | {
@@ -326,25 +313,6 @@ def step_metrics(rollout: Rollout, parts, rewards, advantages) -> dict[str, floa
         "train/zero_advantage_fraction": float((advantages == 0).mean()),
         **{f"reward/{name}": float(part.mean()) for name, part in parts.items()},
     }
-
-
-def lines_of(rollout: Rollout, parts, rewards, advantages) -> Iterator[dict]:
-    """One line a completion for the rollouts file; other programs rely on the fields."""
-    for p, group in enumerate(rollout.groups):
-        for g, completion in enumerate(group.completions):
-            yield {
-                "problem": group.problem.problem,
-                "prompt": group.problem.prompt,
-                "completion": group.texts[g],
-                "prompt_ids": group.problem.prompt_ids,
-                "token_ids": completion.token_ids,
-                "sampler_logprobs": completion.logprobs,
-                "gold": group.problem.gold,
-                "reward": rewards[p, g],
-                "reward_parts": {name: part[p, g] for name, part in parts.items()},
-                "advantage": advantages[p, g],
-                "finish_reason": completion.finish_reason,
-            }
 
 
 def new_run_dir(config: Config) -> Path:
@@ -364,7 +332,9 @@ def describe(config: Config, policy: Policy, run_dir: Path) -> str:
 def finish(run_dir: Path, log: RunLog) -> None:
     """The learning curve, and where everything is."""
     picture = run_dir / "curves.png"
-    draw({run_dir.name: read_metrics(run_dir)}).savefig(picture)
+    unfinished = run_dir / ".curves.png.tmp"
+    draw({run_dir.name: read_metrics(run_dir)}).savefig(unfinished, format="png")
+    unfinished.replace(picture)
     log.info(f"learning curve: {picture}\nadapter: {sorted((run_dir / 'adapters').iterdir())[-1]}")
 
 

@@ -24,11 +24,11 @@ from typing import Any, NamedTuple, TypeVar
 import httpx
 import tenacity
 
-from jgrpo.errors import RunError, printable
+from jgrpo.errors import RunError
+from jgrpo.replies import Body, Retry, json_of, read_completions, words
 from jgrpo.rollout import Completion, Progress
 
 T = TypeVar("T")
-Body = dict[str, Any]
 Action = Callable[[httpx.AsyncClient, str], Coroutine[Any, Any, T]]
 """Something done to the server at a URL."""
 ADAPTER_PREFIX = "jgrpo-"
@@ -177,7 +177,7 @@ class VllmSampler:
         """The completions of one prompt, by the adapter and no other; loads it again if lost."""
         for _ in range(1 + MAX_RELOADS):
             asked = {"model": self._adapters.get(url, self._bases[url].name), **body}
-            read = partial(_read, asked=asked)
+            read = partial(read_completions, asked=asked)
             completions = await self._request(client, url, "/v1/completions", asked, read=read)
             if completions is not None:
                 return completions
@@ -198,7 +198,7 @@ class VllmSampler:
 
     async def _models(self, client: httpx.AsyncClient, url: str) -> tuple[Base, list[str]]:
         """The base model, and the names of all that is served."""
-        reply = await self._request(client, url, "/v1/models", read=_reply)
+        reply = await self._request(client, url, "/v1/models", read=json_of)
         try:
             cards = {str(card["id"]): card for card in reply["data"]}
             base = next(card for card in cards.values() if not card.get("parent"))
@@ -250,7 +250,7 @@ class VllmSampler:
         if not response.is_success and "already been loaded" not in response.text:
             raise RunError(
                 f"{url} cannot load the adapter {path}: HTTP {response.status_code}: "
-                f"{_words(response)}\nThe server must see that folder, and run with --enable-lora "
+                f"{words(response)}\nThe server must see that folder, and run with --enable-lora "
                 f"and a --max-lora-rank that is large enough. {self._remedy}"
             )
         await self._check_base(client, url)  # after it: a restart from now on loses the adapter
@@ -260,7 +260,7 @@ class VllmSampler:
         body = {"lora_name": name}
         response = await self._request(client, url, "/v1/unload_lora_adapter", body)
         if not response.is_success and response.status_code != 404:  # 404: gone already
-            raise RunError(f"{url}: cannot unload {name}: {_words(response)}")
+            raise RunError(f"{url}: cannot unload {name}: {words(response)}")
 
     def _unload_everywhere(self, names: dict[str, str]) -> None:
         if names:
@@ -280,7 +280,7 @@ class VllmSampler:
         read: Callable[[httpx.Response], Any] = lambda response: response,
     ) -> Any:
         """POST body (GET without one) -> what `read` makes of the answer. Try again after transport
-        errors, after `retried` statuses, and where `read` raises _Retry."""
+        errors, after `retried` statuses, and where `read` raises Retry."""
         now = asyncio.get_running_loop().time
         trouble, failed_s = "", 0.0
 
@@ -303,11 +303,11 @@ class VllmSampler:
             method = "GET" if body is None else "POST"
             response = await client.request(method, url + path, json=body)
             if response.status_code in retried:
-                raise _Retry(f"HTTP {response.status_code}: {_words(response)}")
+                raise Retry(f"HTTP {response.status_code}: {words(response)}")
             return read(response)
 
         tries = tenacity.AsyncRetrying(
-            retry=tenacity.retry_if_exception_type((httpx.RequestError, _Retry)),
+            retry=tenacity.retry_if_exception_type((httpx.RequestError, Retry)),
             wait=tenacity.wait_random_exponential(multiplier=0.5, max=20),
             before_sleep=note,
         )
@@ -319,10 +319,6 @@ class VllmSampler:
                 f"{url}{path}: {trouble}; gave up after {self._timeout_s:g} s. If the server is "
                 f"only slow, raise vllm_timeout_s; if it failed, look into its log. {self._remedy}"
             ) from None
-
-
-class _Retry(ValueError):
-    """An answer that may be another one next time."""
 
 
 def _run(work: Callable[[httpx.AsyncClient], Iterable[Coroutine[Any, Any, T]]]) -> list[T]:
@@ -345,90 +341,3 @@ def _run(work: Callable[[httpx.AsyncClient], Iterable[Coroutine[Any, Any, T]]]) 
         return asyncio.run(main())
     except BaseExceptionGroup as failures:
         raise failures.exceptions[0] from None
-
-
-def _words(response: httpx.Response) -> str:
-    """The server's own explanation of a refusal."""
-    try:
-        words = str(response.json()["error"]["message"])
-    except (ValueError, KeyError, TypeError, RecursionError):
-        words = response.text
-    return printable(words[:500])
-
-
-def _reply(response: httpx.Response) -> Any:
-    """The JSON of an answer; RunError with the server's own words if it is a refusal."""
-    if not response.is_success:
-        key = "; VLLM_API_KEY must hold the server's key" * (response.status_code == 401)
-        raise RunError(f"{response.url}: HTTP {response.status_code}: {_words(response)}{key}")
-    try:
-        return response.json()
-    except (ValueError, RecursionError):
-        if "json" in response.headers.get("Content-Type", ""):  # it was, when it left the server
-            raise _Retry(f"a broken reply, {response.text[-80:]!r} at its end") from None
-        raise RunError(f"{response.url}: not JSON: {response.text[:200]!r}") from None
-
-
-def _read(response: httpx.Response, asked: Body) -> list[Completion] | None:
-    """The completions; None if the server does not know the model. RunError if a reply is wrong."""
-    if response.status_code == 404:
-        return None
-    try:
-        return _completions(_reply(response), asked)
-    except _Retry:
-        raise
-    except ValueError as error:
-        raise RunError(f"{response.url}: bad reply: {error}") from None
-
-
-def _completions(reply: Any, asked: Body) -> list[Completion]:
-    """The completions of a reply in the order of their seeds; ValueError says what is wrong."""
-    choices = reply.get("choices") if isinstance(reply, dict) else None
-    if not isinstance(choices, list) or not all(isinstance(c, dict) for c in choices):
-        raise ValueError("no choices")
-    if reply.get("model") != asked["model"]:
-        raise ValueError(f"model {reply.get('model')!r}, {asked['model']!r} was asked for")
-    if len(choices) != asked["n"]:
-        raise ValueError(f"{len(choices)} choices, {asked['n']} were asked for")
-    numbers = [choice.get("index") for choice in choices]
-    if any(numbers.count(g) != 1 for g in range(asked["n"])):
-        raise ValueError(f"choices numbered {numbers}")
-    return [_completion(choices[numbers.index(g)], asked) for g in range(asked["n"])]
-
-
-def _completion(choice: dict, asked: Body) -> Completion:
-    ids, logprobs, reason = (choice.get(k) for k in ("token_ids", "logprobs", "finish_reason"))
-    logprobs = logprobs.get("token_logprobs") if isinstance(logprobs, dict) else None
-    if reason == "abort":  # as of a server that is being shut down
-        raise _Retry("the server aborted the request")
-    if choice.get("prompt_token_ids") != asked["prompt"]:
-        raise ValueError("prompt_token_ids are not those of the request")
-    if not isinstance(ids, list) or not ids or not all(map(_is_token, ids)):
-        raise ValueError(f"token_ids: {str(ids)[:80]}")
-    if not isinstance(logprobs, list) or len(logprobs) != len(ids):
-        raise ValueError(f"token_logprobs of {len(ids)} token_ids: {str(logprobs)[:80]}")
-    if not all(map(_is_logprob, logprobs)):
-        raise ValueError(f"token_logprobs {str(logprobs)[:80]}: must be numbers from -9999 to 0")
-    if reason not in ("stop", "length"):
-        raise ValueError(f"finish_reason {reason!r}: must be stop or length")
-    ends = [token in asked["stop_token_ids"] for token in ids]
-    if any(ends[:-1]) or ends[-1] != (reason == "stop"):
-        raise ValueError(
-            f"finish_reason {reason!r}, but end tokens at {ends.count(True)} places, "
-            f"last token {ids[-1]}, stop_token_ids {asked['stop_token_ids']}"
-        )
-    if reason == "length" and len(ids) != asked["max_tokens"]:
-        raise ValueError(
-            f"cut at {len(ids)} tokens, max_tokens is {asked['max_tokens']}: the server's "
-            "--max-model-len is too small"
-        )
-    return Completion(ids, logprobs, reason)
-
-
-def _is_token(x: Any) -> bool:
-    return type(x) is int and 0 <= x < 2**31
-
-
-def _is_logprob(x: Any) -> bool:
-    """vLLM writes -9999 for minus infinity; rounding may leave a logprob a little above 0."""
-    return type(x) in (int, float) and -9999 < x < 0.01

@@ -23,7 +23,7 @@ from huggingface_hub.errors import (
     StrictDataclassError,
 )
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save as to_safetensors
 from transformers import AutoConfig, PretrainedConfig
 
 from jgrpo.errors import InputError
@@ -237,4 +237,5 @@ def save_model(model: nnx.Module, folder: Path, hf_config: PretrainedConfig, dty
         tensors.update((n, np.ascontiguousarray(x)) for n, x in zip(names, parts, strict=True))
     hf_config.dtype = dtype
     hf_config.save_pretrained(folder)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    # Not save_file, which gives its files mode 0600.
+    (folder / "model.safetensors").write_bytes(to_safetensors(tensors, {"format": "pt"}))

@@ -20,7 +20,7 @@ from fuzz_answers import edits, mutated
 from hypothesis import strategies as st
 from safetensors.numpy import save
 
-from jgrpo import adapter, cli, compare, rundir, vllm
+from jgrpo import adapter, cli, compare, replies, rundir
 from jgrpo.checks import without_effect
 from jgrpo.config import PROJECTIONS, Config, load_config
 from jgrpo.errors import InputError, RunError
@@ -186,8 +186,8 @@ def a_reply_is_used_whole_or_refused(drawn: tuple[list, list, int]) -> None:
     content = in_json(changed(REPLY, changes), breaks)
     request = httpx.Request("POST", "http://server/v1/completions")
     response = httpx.Response(status, content=content, request=request)
-    read = lambda: vllm._completions(vllm._reply(response), ASKED)  # noqa: E731
-    found, error = attempt(read, RunError, ValueError, vllm._Retry)
+    read = lambda: replies.completions_of(replies.json_of(response), ASKED)  # noqa: E731
+    found, error = attempt(read, RunError, ValueError, replies.Retry)
     if error:
         assert str(error)
         return

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from vllm_server import CUT, DROP, END, FakeVllm, Reply, good_choice, listening
 
 from jgrpo import vllm
+from jgrpo.replies import completions_of
 from jgrpo.rollout import Completion
 from jgrpo.vllm import VllmSampler
 
@@ -164,7 +165,7 @@ def test_whatever_stands_in_a_reply_gives_completions_that_can_be_trained_on_or_
     for _ in range(data.draw(st.integers(1, 3))):
         reply = replaced(reply, data.draw(st.sampled_from(places(reply))), data.draw(JSON))
     try:
-        completions = vllm._completions(reply, ASKED)
+        completions = completions_of(reply, ASKED)
     except ValueError:
         return
     assert len(completions) == 2
