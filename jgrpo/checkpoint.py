@@ -49,20 +49,12 @@ def _without_orbax_s_log() -> Iterator[None]:
 
 
 class Checkpoints:
-    """The checkpoints of a run folder. Each appears whole or not at all.
+    """The checkpoints of a run folder: the last `keep`, and those of the steps that `keep_period`
+    divides (0: none). Each appears whole or not at all."""
 
-    Who writes says how many stay, and what a killed run left half done is removed: the last `keep`
-    stay (None: nothing is removed), and those of the steps that `keep_period` divides (0: none).
-    """
-
-    def __init__(self, run_dir: Path, *, keep: int | None = None, keep_period: int = 0):
+    def __init__(self, run_dir: Path, *, keep: int = 2, keep_period: int = 0):
         self.folder = (Path(run_dir) / "checkpoints").absolute()
-        if keep:
-            self._remove_unfinished()
-            steps = sorted(int(f.name) for f in self.folder.glob("*") if f.name.isdecimal())
-            for step in steps[:-keep]:  # half removed already? Orbax would count it
-                if not keep_period or step % keep_period:
-                    shutil.rmtree(self.folder / f"{step:06d}")
+        self._keep, self._keep_period = keep, keep_period
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             keep_period=keep_period or None,
@@ -90,6 +82,14 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """The steps that are saved, in order."""
         return sorted(self._manager.all_steps())
+
+    def tidy(self) -> None:
+        """Remove what a killed run left: half-written ones, and old ones that were to go."""
+        self._remove_unfinished()
+        for step in self.steps()[: -self._keep]:
+            if not self._keep_period or step % self._keep_period:
+                shutil.rmtree(self.folder / f"{step:06d}")  # it may be half removed already
+        self._manager.reload()
 
     @_without_echoes()
     def restore(self, step: int, like: Tree) -> Tree:

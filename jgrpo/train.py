@@ -96,15 +96,16 @@ def train(config: Config, resume: Path | None = None) -> Path:
         sampler = open_sampler(config, policy, problems.stop_token_ids, run_id(run_dir))
         stack.callback(sampler.close)
         devices = {"devices": [str(d) for d in jax.devices()]}
-        if resume:
-            add_resume(run_dir, config, first, devices)
-            remove_later(run_dir, first)
-        else:
+        if not resume:
             write_config(run_dir, config, devices)
         log = stack.enter_context(
             RunLog(run_dir, config.n_grpo_steps, resume_step=first if resume else None)
         )
         stack.enter_context(log.warnings())
+        if resume:
+            add_resume(run_dir, config, first, devices)
+            remove_later(run_dir, first)
+            checkpoints.tidy()
         for line in (*problems.report, describe(config, policy, run_dir)):
             log.info(line)
         for line in without_effect(config):
@@ -131,7 +132,7 @@ def restore(config: Config, run_dir: Path, checkpoints: Checkpoints, learner: Le
     """Give the learner the last checkpoint's state -> its step; 0 for a run that was killed before
     its first checkpoint, which begins anew. InputError if the run cannot go on."""
     if not (saved := checkpoints.steps()):
-        if (run_dir / "adapters" / "step_000001").exists():
+        if sorted((run_dir / "adapters").glob("step_*"))[1:]:
             raise InputError(
                 f"{checkpoints.folder} holds no checkpoint to resume from, though the run has "
                 "trained: bring the folder back, or start a new run with --config"

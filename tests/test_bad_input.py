@@ -491,6 +491,9 @@ RUNS = {
     ),
     "plot over a folder": of(sound, "--out run: is a folder", line="plot run --out run"),
     "plot into nowhere": of(sound, "--out no/c.png", line="plot run --out no/c.png"),
+    "fewer steps than are done": of(
+        sound, "n_grpo_steps=1", "has done 2 steps", line=f"{RESUME} --n_grpo_steps 1"
+    ),
     "no checkpoint": of(
         remove(LAST), "holds no checkpoint to resume from", line=RESUME
     ),
@@ -643,7 +646,8 @@ def whole(tmp_path_factory) -> Path:
         checkpoints.save(2, state)
         checkpoints.close()
         shape = adapters.AdapterConfig(1, 32, config.lora_target_modules)
-        adapters.save(policy.adapter, run / "adapters" / "step_000002", shape, "base")
+        for k in range(3):
+            adapters.save(policy.adapter, run / "adapters" / f"step_{k:06d}", shape, "base")
     return root
 
 
