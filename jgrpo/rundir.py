@@ -52,7 +52,9 @@ def named_run_dir(run_dir: str | Path) -> Path:
     folder = Path(run_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        remove_unfinished(folder)  # a start that was killed may have left half a config.json
+        remove_unfinished(folder)  # a start that was killed may have left half a config.json,
+        with contextlib.suppress(OSError):  # and this, but nothing in it
+            (folder / "checkpoints").rmdir()
         if used := sorted(f.name for f in folder.iterdir()):
             raise InputError(
                 f"run_dir={run_dir}: must be new or empty, has {', '.join(used[:4])}; "

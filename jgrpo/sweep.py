@@ -8,7 +8,6 @@ import contextlib
 import json
 import multiprocessing
 import os
-import shutil
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -148,12 +147,8 @@ def _run(job: Job) -> str:
 
 
 def _resumable(folder: Path) -> Path | None:
-    """The folder, if there is a checkpoint in it; what a run left without one is removed."""
-    if any((folder / "checkpoints").glob("[0-9]*")):
-        return folder
-    if (folder / "config.json").is_file():
-        shutil.rmtree(folder)
-    return None
+    """The folder, if a run has begun in it."""
+    return folder if (folder / "config.json").is_file() else None
 
 
 def write_manifest(out: Path, base: Config, variants: Sequence[Variant], command: str) -> None:

@@ -119,6 +119,7 @@ def test_what_a_kill_left_goes_and_what_is_whole_stays(tmp_path):
 
 def test_a_start_that_was_killed_can_be_given_again(tmp_path):
     (tmp_path / ".config.json.77.tmp").write_text("{")
+    (tmp_path / "checkpoints").mkdir()
     assert rundir.named_run_dir(tmp_path) == tmp_path
 
 
