@@ -56,7 +56,8 @@ def main() -> None:
             timeout_s=600, lora_r=args.rank, **fields,
         ) as url:  # fmt: skip
             sampler = VllmSampler(
-                [url], run_id="benchmark", max_tokens=64, max_model_len=128, stop_token_ids=[],
+                [url], run_id="benchmark", max_tokens=64, max_model_len=128,
+                vocab_size=2**31, stop_token_ids=[],
                 timeout_s=600, start_command="",
             )  # fmt: skip
             for i in range(args.repeats + 1):

@@ -64,6 +64,7 @@ def samplers(args: Args, policy: Policy, url: str) -> dict:
             run_id="benchmark",
             max_tokens=args.tokens,
             max_model_len=args.prompt_tokens + args.tokens,
+            vocab_size=2**31,
             stop_token_ids=[],
             timeout_s=600,
             start_command="",

@@ -38,9 +38,9 @@ class Point:
     """One measurement."""
 
     completion_tokens: int = 256
-    n_completions: int = 16
+    n_completions: int = 8
     rank: int = 1
-    n_layers: int = 8
+    n_layers: int = 4
     prompt_tokens: int = 64
 
 
@@ -79,7 +79,7 @@ class Trainer:
     def __init__(self, args: Args, point: Point):
         self.point, self.seconds = point, []
         config = Config(
-            lora_r=point.rank, dtype="float32", gradient_checkpointing=False, max_prompt_tokens=64,
+            lora_r=point.rank, dtype="float32", gradient_checkpointing=True, max_prompt_tokens=64,
             max_tokens=point.completion_tokens, group_size=GROUP_SIZE,
             n_prompts_per_step=point.n_completions // GROUP_SIZE, micro_batch_size=4,
         )  # fmt: skip
@@ -111,16 +111,17 @@ class Trainer:
 
 
 def operations(args: Args, point: Point) -> float:
-    """Floating-point operations of one update: forward, and backward to the activations; the
-    adapter's own; attention over all that a row could see; the head on completion tokens."""
+    """Floating-point operations of one update: each layer forward, forward again (recomputed) and
+    backward to the activations; the adapter's own; attention over all that a row could see; the
+    head on completion tokens, forward and backward."""
     d, f, layers, n = args.width, args.width * 8 // 3, point.n_layers, point.n_completions
     completion = n * point.completion_tokens
     tokens = completion + n // GROUP_SIZE * point.prompt_tokens
     matrices = [(d, d)] * 4 + [(d, f)] * 2 + [(f, d)]
-    dense = 2 * 2 * sum(a * b for a, b in matrices) * layers * tokens
-    adapter = 3 * 2 * point.rank * sum(a + b for a, b in matrices) * layers * tokens
+    dense = 3 * 2 * sum(a * b for a, b in matrices) * layers * tokens
+    adapter = 4 * 2 * point.rank * sum(a + b for a, b in matrices) * layers * tokens
     sees = point.prompt_tokens + point.completion_tokens
-    attention = 3 * 4 * d * layers * completion * sees
+    attention = 4 * 4 * d * layers * completion * sees
     head = 2 * 2 * d * args.vocab_size * completion
     return dense + adapter + attention + head
 

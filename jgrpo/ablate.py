@@ -20,7 +20,7 @@ from rich.table import Table
 from jgrpo import cli
 from jgrpo.config import Config
 from jgrpo.errors import InputError, exit_status
-from jgrpo.rundir import jsonable, write_whole
+from jgrpo.rundir import jsonable, rollouts_file, write_whole
 from jgrpo.variants import BASELINE, Variant, read_variants
 
 USAGE = """usage: python -m jgrpo.ablate {rollouts,runs} [-h] [OPTIONS]
@@ -79,7 +79,7 @@ def on_rollouts(options: Rollouts, console: Console) -> Path:
     config = cli.resumed_config(options.run)
     variants = read_variants(options.variants, options.configs)
     configs = {v.name: variant_on_rollouts(v, config) for v in variants}
-    file = options.run / "rollouts" / f"step_{options.step:06d}.jsonl"
+    file = rollouts_file(options.run, options.step)
     lines = fixed.read_rollouts(file, config.group_size)
     rows = [fixed.rows_for(c, lines, open_scorers(c)) for c in configs.values()]
     policy, old = fixed.load_adapters(options.run, open_policy(config), sampled_by, differentiated)

@@ -45,12 +45,24 @@ _UNITS = {
         "mi": "mi mile miles", "g": "g gm gram grams", "kg": "kg kilogram kilograms",
         "lb": "lb lbs pound pounds", "oz": "oz ounce ounces", "s": "s sec second seconds",
         "min": "min minute minutes", "h": "h hr hrs hour hours", "day": "day days",
+        "week": "week weeks", "month": "month months", "year": "year years yr yrs",
+        "penny": "penny pennies", "nickel": "nickel nickels", "dime": "dime dimes",
         "mph": "mph", "cent": "cent cents", "dollar": "dollar dollars",
         "L": "liter liters L", "mL": "mL ml milliliter milliliters",
         "": "unit units",  # of whatever kind; but units are no square units
     }.items()
     for alias in aliases.split()
 }  # fmt: skip
+_SCALES: dict[str, Fraction | int] = {
+    "dozen": 12, "hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9,
+    "trillion": 10**12, "tenth": Fraction(1, 10), "hundredth": Fraction(1, 100),
+    "thousandth": Fraction(1, 1000), "millionth": Fraction(1, 10**6),
+}  # fmt: skip
+_SCALE = re.compile(
+    rf'(?P<value>.*[0-9}}]) ?(?P<quote>"?) ?(?P<scale>{"|".join(sorted(_SCALES, reverse=True))})s?'
+    r"(?!aire)(?: of )? ?(?P<rest>.*)",
+    re.IGNORECASE,
+)
 _UNIT = re.compile(
     r'(?P<value>.*[^"]) ?(?:"(?P<text>[^"]*)"|(?<=[0-9}%])(?P<bare>[A-Za-z]{2,}))'
     r"(?:\^\{?(?P<power>[23])\}?)?\.?"
@@ -210,17 +222,21 @@ def _plain(s: str) -> str:
 
 def _same_scalar(a: str, b: str) -> bool | None:
     """Compare two scalars as strings, numbers, words; None: needs algebra, and is safe for it."""
+    (a, scale_a), (b, scale_b) = _scale(a), _scale(b)
     (value_a, *unit_a), (value_b, *unit_b) = _unit(a), _unit(b)
     if any(x and y and x != y for x, y in zip(unit_a, unit_b, strict=True)):
         return False
-    if _plain(value_a) == _plain(value_b) != "":
+    may_be_left_out = not (scale_a and scale_b)
+    if _plain(value_a) == _plain(value_b) != "" and (may_be_left_out or scale_a == scale_b):
         return True
     number_a, number_b = _number(value_a), _number(value_b)
     if number_a is not None and number_b is not None:
         # The MATH benchmark drops percent signs; 0.5 and 50% are equal all the same.
-        factor_a = Fraction(1, 100) if value_a.endswith("%") else 1
-        factor_b = Fraction(1, 100) if value_b.endswith("%") else 1
-        return number_a == number_b or number_a * factor_a == number_b * factor_b
+        factor_a = scale_a or (Fraction(1, 100) if value_a.endswith("%") else 1)
+        factor_b = scale_b or (Fraction(1, 100) if value_b.endswith("%") else 1)
+        if may_be_left_out and number_a == number_b:
+            return True
+        return number_a * factor_a == number_b * factor_b
     if _is_words(value_a) or _is_words(value_b):
         words_a, words_b = (re.sub(r'[".()\s]', "", s) for s in (value_a, value_b))
         if len(words_a) > 1 or '"' in value_a + value_b:  # but x is not X
@@ -229,6 +245,14 @@ def _same_scalar(a: str, b: str) -> bool | None:
     if variables(value_a) != variables(value_b) or not (is_safe(value_a) and is_safe(value_b)):
         return False
     return None
+
+
+def _scale(s: str) -> tuple[str, Fraction | int | None]:
+    """`5 thousand cm` -> ("5cm", 1000); without such a word (s, None)."""
+    if not (match := _SCALE.fullmatch(s)):
+        return s, None
+    rest = match["quote"] + match["rest"]
+    return match["value"] + (rest if rest != '""' else ""), _SCALES[match["scale"].lower()]
 
 
 def _unit(s: str) -> tuple[str, str, str]:

@@ -50,9 +50,11 @@ def _without_orbax_s_log() -> Iterator[None]:
 
 class Checkpoints:
     """The checkpoints of a run folder: the last `keep`, and those of the steps that `keep_period`
-    divides (0: none). Each appears whole or not at all."""
+    divides (0: none). Each appears whole or not at all. `read_only`: nothing is made or removed."""
 
-    def __init__(self, run_dir: Path, *, keep: int = 2, keep_period: int = 0):
+    def __init__(
+        self, run_dir: Path, *, keep: int = 2, keep_period: int = 0, read_only: bool = False
+    ):
         self.folder = (Path(run_dir) / "checkpoints").absolute()
         self._keep, self._keep_period = keep, keep_period
         options = ocp.CheckpointManagerOptions(
@@ -60,6 +62,7 @@ class Checkpoints:
             keep_period=keep_period or None,
             enable_async_checkpointing=False,
             step_format_fixed_length=6,
+            create=not read_only,
         )
         self._manager = ocp.CheckpointManager(
             self.folder, item_handlers=ocp.StandardCheckpointHandler(), options=options

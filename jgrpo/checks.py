@@ -102,7 +102,7 @@ def _wrong_values(c: Any) -> Iterator[str]:
         if c.lora_r > VLLM_LORA_RANKS[-1]:
             yield f"lora_r={c.lora_r}: vLLM admits at most {VLLM_LORA_RANKS[-1]}; or --rollout jax"
         for url in c.vllm_urls:
-            if not _is_address(url) and "@" not in url:
+            if not _is_address(url) and "@" not in c.vllm_url:
                 yield (
                     f"vllm_url={c.vllm_url!r}: {url!r} must be http://HOST:PORT or https://..., "
                     "without /v1"

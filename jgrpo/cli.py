@@ -30,7 +30,8 @@ CHANGEABLE_ON_RESUME = {
     "eval_every", "checkpoint_every", "save_total_limit", "checkpoint_keep_period",
     "grader_timeout_s", "grader_workers", "max_logprob_diff", "max_mean_logprob_diff",
 }  # fmt: skip
-"""Options that a resumed run may change: none of them changes what is computed for a step."""
+"""Options that a resumed run may change: none of them changes what a step computes, but for the
+order of sums (micro-batches, recomputation)."""
 
 
 @dataclass(frozen=True)

@@ -25,10 +25,13 @@ from jgrpo.errors import InputError
 from jgrpo.learner import loss_of, needs_base
 from jgrpo.logprobs import token_logprobs
 from jgrpo.rewards import combine, length_penalty
+from jgrpo.rundir import existing_adapter
 from jgrpo.session import Policy, Scorers
 from jgrpo.update import Loss, loss_denominator
 
 Line = Mapping[str, Any]
+FIELDS = {"token_ids", "sampler_logprobs", "advantage", "finish_reason", "reward_parts"}
+"""What else is read of a rollouts file."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,8 @@ def read_rollouts(file: Path, group_size: int) -> list[Line]:
     try:
         lines = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
         prompts = [line["prompt_ids"] for line in lines]
+        if absent := sorted({name for line in lines for name in FIELDS - line.keys()}):
+            raise ValueError(f"lines without {', '.join(absent)}")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{file}: not a rollouts file: {error!r}") from error
     groups = [prompts[i : i + group_size] for i in range(0, len(prompts), group_size)]
@@ -189,8 +194,6 @@ def _summary(names: list[str], total, denominators: np.ndarray) -> Comparison:
 
 def load_adapters(run: Path, policy: Policy, sampled_by: int, differentiated: int):
     """The adapters of two steps of a run -> the policy with the second, and the first."""
-    folders = [run / "adapters" / f"step_{k:06d}" for k in (sampled_by, differentiated)]
-    if missing := [str(f) for f in folders if not f.is_dir()]:
-        raise InputError(f"there is no {missing[0]}; give a step of which the run has the adapter")
+    folders = [existing_adapter(run, k) for k in (sampled_by, differentiated)]
     old, new = (adapters.load(folder, policy.adapter) for folder in folders)
     return Policy(policy.graph, new, policy.base), old

@@ -18,8 +18,8 @@ from jgrpo.learner import Learner
 from jgrpo.session import Policy
 
 KNOBS = (
-    "a smaller --micro_batch_size, --gradient_checkpointing, --dtype bfloat16 or a smaller "
-    "--max_tokens needs less"
+    "a smaller --micro_batch_size or --gradient_checkpointing needs less (--resume takes both), "
+    "and so does a run with --dtype bfloat16 or a smaller --max_tokens"
 )
 
 

@@ -23,11 +23,12 @@ from jgrpo import adapter as adapters
 from jgrpo.checkpoint import Checkpoints
 from jgrpo.compare import read_rollouts, saved_rows
 from jgrpo.learner import Learner
-from jgrpo.rundir import read_metrics
+from jgrpo.rundir import existing_adapter, read_metrics, rollouts_file
 from jgrpo.session import configure_jax, open_policy
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.02}
 """Largest relative difference that another machine may make (and the same below 1e-6)."""
+ADAPTER = "adapter/largest_difference"
 NOT_OF_THE_STEP = ("train/lr", "train/compilations")
 
 
@@ -43,14 +44,15 @@ class Options:
 
 def replay(run: Path, step: int) -> dict[str, tuple[float, float]]:
     """What was logged of a step's update, and what comes out now, by tag; with
-    adapter/largest_difference where the optimizer's state before the step is in a checkpoint.
+    adapter/largest_difference where the optimizer's state before the step is in a checkpoint (the
+    last ones are, and those that --checkpoint_keep_period keeps).
 
     InputError if the run folder lacks something.
     """
     configure_jax()
     config, logged = cli.resumed_config(run), _logged(run, step)
-    lines = read_rollouts(run / "rollouts" / f"step_{step:06d}.jsonl", config.group_size)
-    checkpoints = Checkpoints(run)
+    lines = read_rollouts(rollouts_file(run, step), config.group_size)
+    checkpoints = Checkpoints(run, read_only=True)
     saved = checkpoints.steps()
     if config.updates_per_rollout > 1 and step - 1 not in saved:
         raise InputError(
@@ -58,7 +60,7 @@ def replay(run: Path, step: int) -> dict[str, tuple[float, float]]:
             f"it is needed: --step can be {' or '.join(str(k + 1) for k in saved) or 'none'}"
         )
     policy = open_policy(config)
-    before = adapters.load(_adapter_folder(run, step - 1), policy.adapter)
+    before = adapters.load(existing_adapter(run, step - 1), policy.adapter)
     learner = Learner(config, policy.graph, before, policy.base)
     if step - 1 in saved:
         learner.state = checkpoints.restore(step - 1, learner.state)
@@ -70,10 +72,10 @@ def replay(run: Path, step: int) -> dict[str, tuple[float, float]]:
     }
     if step - 1 in saved:
         new = adapters.adapter_arrays(learner.state[0])
-        old = adapters.load(_adapter_folder(run, step), policy.adapter)
+        old = adapters.load(existing_adapter(run, step), policy.adapter)
         pairs = ((new[key], array) for key, array in adapters.adapter_arrays(old).items())
         largest = max(float(np.abs(a - b).max()) for a, b in pairs)
-        figures["adapter/largest_difference"] = 0.0, largest
+        figures[ADAPTER] = 0.0, largest
     return figures
 
 
@@ -88,17 +90,12 @@ def _range(steps: list[int]) -> str:
     return f"{steps[0]} to {steps[-1]}" if steps else "of no update yet"
 
 
-def _adapter_folder(run: Path, step: int) -> Path:
-    folder = run / "adapters" / f"step_{step:06d}"
-    if not folder.is_dir():
-        raise InputError(f"{folder} is gone; a step needs the adapter before it")
-    return folder
-
-
 def difference(logged: float, now: float) -> float:
-    """Relative, 0 for the same number and for NaN twice."""
-    if logged == now or (math.isnan(logged) and not math.isfinite(now)):
+    """Relative; 0 for the same number and where both are not finite, infinite where one is not."""
+    if logged == now or not (math.isfinite(logged) or math.isfinite(now)):
         return 0.0
+    if not (math.isfinite(logged) and math.isfinite(now)):
+        return math.inf
     return abs(now - logged) / max(abs(logged), abs(now))
 
 
@@ -118,7 +115,8 @@ def main() -> None:
         if wrong:
             raise RunError(f"not what was logged: {', '.join(wrong)} (tolerance {tolerance:g})")
         same = all(difference(*pair) == 0 for pair in figures.values())
-        print("confirmed" + (", to the bit" if same else ""))
+        parts = "loss and gradient" + " and the adapter" * (ADAPTER in figures)
+        print(f"confirmed: {parts}" + (", to the bit" if same else ""))
 
 
 if __name__ == "__main__":

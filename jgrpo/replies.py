@@ -40,19 +40,21 @@ def json_of(response: httpx.Response) -> Any:
         raise RunError(f"{response.url}: not JSON: {response.text[:200]!r}") from None
 
 
-def read_completions(response: httpx.Response, asked: Body) -> list[Completion] | None:
+def read_completions(
+    response: httpx.Response, *, asked: Body, vocab_size: int
+) -> list[Completion] | None:
     """The completions; None if the server does not know the model. RunError if a reply is wrong."""
     if response.status_code == 404:
         return None
     try:
-        return completions_of(json_of(response), asked)
+        return completions_of(json_of(response), asked, vocab_size)
     except Retry:
         raise
     except ValueError as error:
         raise RunError(f"{response.url}: bad reply: {error}") from None
 
 
-def completions_of(reply: Any, asked: Body) -> list[Completion]:
+def completions_of(reply: Any, asked: Body, vocab_size: int) -> list[Completion]:
     """The completions of a reply in the order of their seeds; ValueError says what is wrong."""
     choices = reply.get("choices") if isinstance(reply, dict) else None
     if not isinstance(choices, list) or not all(isinstance(c, dict) for c in choices):
@@ -64,18 +66,18 @@ def completions_of(reply: Any, asked: Body) -> list[Completion]:
     numbers = [choice.get("index") for choice in choices]
     if any(numbers.count(g) != 1 for g in range(asked["n"])):
         raise ValueError(f"choices numbered {numbers}")
-    return [_completion_of(choices[numbers.index(g)], asked) for g in range(asked["n"])]
+    return [_completion_of(choices[numbers.index(g)], asked, vocab_size) for g in range(asked["n"])]
 
 
-def _completion_of(choice: dict, asked: Body) -> Completion:
+def _completion_of(choice: dict, asked: Body, vocab_size: int) -> Completion:
     ids, logprobs, reason = (choice.get(k) for k in ("token_ids", "logprobs", "finish_reason"))
     logprobs = logprobs.get("token_logprobs") if isinstance(logprobs, dict) else None
     if reason == "abort":  # as of a server that is being shut down
         raise Retry("the server aborted the request")
     if choice.get("prompt_token_ids") != asked["prompt"]:
         raise ValueError("prompt_token_ids are not those of the request")
-    if not isinstance(ids, list) or not ids or not all(map(_is_token, ids)):
-        raise ValueError(f"token_ids: {str(ids)[:80]}")
+    if not isinstance(ids, list) or not ids or not all(_is_token(x, vocab_size) for x in ids):
+        raise ValueError(f"token_ids: {str(ids)[:80]} (the model knows {vocab_size})")
     if not isinstance(logprobs, list) or len(logprobs) != len(ids):
         raise ValueError(f"token_logprobs of {len(ids)} token_ids: {str(logprobs)[:80]}")
     if not all(map(_is_logprob, logprobs)):
@@ -88,7 +90,9 @@ def _completion_of(choice: dict, asked: Body) -> Completion:
             f"finish_reason {reason!r}, but end tokens at {ends.count(True)} places, "
             f"last token {ids[-1]}, stop_token_ids {asked['stop_token_ids']}"
         )
-    if reason == "length" and len(ids) != asked["max_tokens"]:
+    if len(ids) > asked["max_tokens"]:
+        raise ValueError(f"{len(ids)} tokens, max_tokens is {asked['max_tokens']}")
+    if reason == "length" and len(ids) < asked["max_tokens"]:
         raise ValueError(
             f"cut at {len(ids)} tokens, max_tokens is {asked['max_tokens']}: the server's "
             "--max-model-len is too small"
@@ -96,8 +100,8 @@ def _completion_of(choice: dict, asked: Body) -> Completion:
     return Completion(ids, logprobs, reason)
 
 
-def _is_token(x: Any) -> bool:
-    return type(x) is int and 0 <= x < 2**31
+def _is_token(x: Any, vocab_size: int) -> bool:
+    return type(x) is int and 0 <= x < vocab_size
 
 
 def _is_logprob(x: Any) -> bool:

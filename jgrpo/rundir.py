@@ -23,8 +23,10 @@ from typing import Any
 
 from jgrpo.errors import InputError, RunError
 
-OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO}
-"""Errors of the disk, which a user can mend; others are ours."""
+OF_THE_DISK = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM)
+}
+"""Errors of the disk and its permissions, which a user can mend; others are ours."""
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "transformers", "datasets", "vllm")
 
 
@@ -48,18 +50,10 @@ def next_run_dir(base_dir: str | Path) -> Path:
 
 
 def named_run_dir(run_dir: str | Path) -> Path:
-    """Create and return `run_dir`. Raises InputError if there is something in it already."""
+    """Create and return `run_dir`, which may be there; `claimed` looks into it."""
     folder = Path(run_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        remove_unfinished(folder)  # a start that was killed may have left half a config.json,
-        with contextlib.suppress(OSError):  # and this, but nothing in it
-            (folder / "checkpoints").rmdir()
-        if used := sorted(f.name for f in folder.iterdir()):
-            raise InputError(
-                f"run_dir={run_dir}: must be new or empty, has {', '.join(used[:4])}; "
-                f"--resume {run_dir} goes on with it"
-            )
     except OSError as error:
         raise InputError(f"run_dir={run_dir}: {error}; give a folder to write to") from error
     return folder
@@ -71,11 +65,13 @@ def is_writable(folder: Path) -> bool:
 
 
 @contextlib.contextmanager
-def claimed(run_dir: Path) -> Iterator[None]:
-    """Hold a run folder for this process, until it ends in whatever way.
+def claimed(run_dir: Path, *, new: bool = False) -> Iterator[None]:
+    """Hold a run folder for this process, until it ends in whatever way; a folder that is then
+    still empty is removed, so that the same command can be given again.
 
-    InputError if it may not write there, or another process is at work in it; RunError for what
-    the disk refuses meanwhile. (Where the file system knows no locks, nothing is held.)
+    InputError if it may not write there, another process is at work in it, or it should be `new`
+    and holds something; RunError for what the disk refuses meanwhile. (Where the file system knows
+    no locks, nothing is held.)
     """
     if not is_writable(run_dir):
         raise InputError(f"{run_dir}: Permission denied; go on as the run's owner")
@@ -88,13 +84,46 @@ def claimed(run_dir: Path) -> Iterator[None]:
     except OSError:
         pass
     try:
+        if new:
+            _check_empty(run_dir)
         yield
     except OSError as error:
         if error.errno in OF_THE_DISK:
             raise RunError(f"{run_dir}: {error}") from error
         raise
     finally:
+        for empty in (run_dir / "checkpoints", run_dir):
+            with contextlib.suppress(OSError):  # it is not
+                empty.rmdir()
         os.close(folder)
+
+
+def _check_empty(run_dir: Path) -> None:
+    """InputError if there is more than what a start that was killed may have left."""
+    remove_unfinished(run_dir)
+    with contextlib.suppress(OSError):
+        (run_dir / "checkpoints").rmdir()
+    if used := sorted(f.name for f in run_dir.iterdir()):
+        raise InputError(
+            f"run_dir={run_dir}: must be new or empty, has {', '.join(used[:4])}; "
+            f"--resume {run_dir} goes on with it"
+        )
+
+
+def adapter_folder(run_dir: Path, step: int) -> Path:
+    return run_dir / "adapters" / f"step_{step:06d}"
+
+
+def existing_adapter(run_dir: Path, step: int) -> Path:
+    """The folder of a step's adapter. InputError if it is gone."""
+    folder = adapter_folder(run_dir, step)
+    if not folder.is_dir():
+        raise InputError(f"there is no {folder}; give a step of which the run has the adapter")
+    return folder
+
+
+def rollouts_file(run_dir: Path, step: int) -> Path:
+    return run_dir / "rollouts" / f"step_{step:06d}.jsonl"
 
 
 def remove_unfinished(run_dir: Path) -> None:
@@ -118,12 +147,6 @@ def remove_later(run_dir: Path, last_step: int) -> None:
             shutil.rmtree(entry.rename(entry.with_name(f".{entry.name}.partial")))
         else:
             entry.unlink()
-
-
-def remove_if_empty(run_dir: Path) -> None:
-    """A run that found no server leaves no folder, so that the same command can be given again."""
-    if not any(path.is_file() for path in run_dir.rglob("*")):
-        shutil.rmtree(run_dir)
 
 
 def run_id(run_dir: Path) -> str:
@@ -163,7 +186,7 @@ def write_whole(file: Path, text: str) -> None:
 
 def write_rollouts(run_dir: Path, step: int, rows: Iterable[Mapping[str, Any]]) -> Path:
     """Write a step's completions, a line each -> `rollouts/step_000003.jsonl`."""
-    file = run_dir / "rollouts" / f"step_{step:06d}.jsonl"
+    file = rollouts_file(run_dir, step)
     file.parent.mkdir(exist_ok=True)
     write_whole(file, "".join(map(json_line, rows)))
     return file
@@ -206,6 +229,16 @@ def _circumstances() -> dict[str, Any]:
         "versions": versions,
         "hardware": {"platform": platform.platform(), "cpus": os.cpu_count(), "cpu": _cpu_name()},
     }
+
+
+def check_inputs(run_dir: Path, inputs: Mapping[str, str]) -> None:
+    """InputError if the fingerprints are not those that the run was started with."""
+    saved = read_config(run_dir).get("inputs", inputs)
+    if other := [name for name in inputs if saved.get(name) != inputs[name]]:
+        raise InputError(
+            f"{run_dir}: its {' and '.join(other)} changed since the run was started: bring back "
+            "what was there, or start a new run"
+        )
 
 
 def read_config(run_dir: str | Path) -> dict[str, Any]:

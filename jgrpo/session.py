@@ -2,6 +2,8 @@
 `evaluate` both do with it: score the policy on the evaluation problems, and prove that the sampler
 really samples from the adapter that it was given."""
 
+import hashlib
+import json
 import os
 import shlex
 import shutil
@@ -31,7 +33,14 @@ from jgrpo.rollout import Completion, Progress, Sampler, prompt_seeds
 from jgrpo.sampler import JaxSampler
 from jgrpo.tokenizer import load_tokenizer, stop_token_ids
 from jgrpo.vllm import VllmSampler
-from jgrpo.weights import abstract_model, load_model, model_config, model_folder, read_hf_config
+from jgrpo.weights import (
+    abstract_model,
+    load_model,
+    model_config,
+    model_folder,
+    read_hf_config,
+    weights_fingerprint,
+)
 
 PROBE_PROMPTS, PROBE_TOKENS, PROBE_SHIFT_NATS, LEAST_SHIFT_NATS = 4, 16, 0.3, 0.01
 PROBE_SHARE = {"float32": 0.01, "bfloat16": 0.5}
@@ -52,6 +61,12 @@ class Problems:
     train: list[Problem]
     evaluation: list[Problem]
     report: list[str]
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all that is asked, and of the answers that it is graded by."""
+        asked = [[p.prompt_ids, p.gold] for p in (*self.train, *self.evaluation)]
+        return hashlib.sha256(json.dumps([*asked, self.stop_token_ids]).encode()).hexdigest()[:16]
 
     def text(self, completion: Completion) -> str:
         """A completion as text, without its end token. Special tokens within it stay: leaving them
@@ -122,6 +137,14 @@ def open_policy(config: Config, *, abstract: bool = False) -> Policy:
     return Policy(*split(load_model(folder, **shape, seed=config.seed)))
 
 
+def fingerprints(config: Config, problems: Problems) -> dict[str, str]:
+    """Of what a run is made from beside its options: a resumed one must find the same."""
+    return {
+        "model": weights_fingerprint(model_folder(config.model_id)),
+        "problems": problems.fingerprint,
+    }
+
+
 def open_sampler(
     config: Config, policy: Policy, stops: Sequence[int], run_id: str, *, alone: bool = True
 ) -> Sampler:
@@ -145,6 +168,7 @@ def open_sampler(
         run_id=run_id,
         max_tokens=config.max_tokens,
         max_model_len=config.max_model_len,
+        vocab_size=model_config(model_folder(config.model_id)).vocab_size,
         stop_token_ids=stops,
         timeout_s=config.vllm_timeout_s,
         start_command=shlex.join(["python", "-m", "jgrpo.serve", *words]),

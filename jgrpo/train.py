@@ -42,12 +42,13 @@ from jgrpo.plot import draw
 from jgrpo.rewards import combine, custom_rewards, length_penalty
 from jgrpo.rollout import Sampler
 from jgrpo.rundir import (
+    adapter_folder,
     add_resume,
+    check_inputs,
     claimed,
     named_run_dir,
     next_run_dir,
     read_metrics,
-    remove_if_empty,
     remove_later,
     run_id,
     write_config,
@@ -61,6 +62,7 @@ from jgrpo.session import (
     check_sampler,
     configure_jax,
     evaluate,
+    fingerprints,
     gap_problem,
     open_grader,
     open_policy,
@@ -85,19 +87,21 @@ def train(config: Config, resume: Path | None = None) -> Path:
         scorers = open_scorers(config)
         policy = open_policy(config)
         run_dir = resume or new_run_dir(config)
-        stack.callback(remove_if_empty, run_dir)
-        stack.enter_context(claimed(run_dir))
-        keep = {"keep": config.save_total_limit, "keep_period": config.checkpoint_keep_period}
-        checkpoints = Checkpoints(run_dir, **keep)
+        stack.enter_context(claimed(run_dir, new=not resume))
+        checkpoints = Checkpoints(
+            run_dir, keep=config.save_total_limit, keep_period=config.checkpoint_keep_period
+        )
         stack.callback(checkpoints.close)
         learner, first = Learner(config, policy.graph, policy.adapter, policy.base), 0
+        inputs = fingerprints(config, problems)
         if resume:  # before anything of the run, or on the server, is changed
+            check_inputs(run_dir, inputs)
             first = restore(config, run_dir, checkpoints, learner)
         sampler = open_sampler(config, policy, problems.stop_token_ids, run_id(run_dir))
         stack.callback(sampler.close)
         devices = {"devices": [str(d) for d in jax.devices()]}
         if not resume:
-            write_config(run_dir, config, devices)
+            write_config(run_dir, config, {"inputs": inputs, **devices})
         log = stack.enter_context(
             RunLog(run_dir, config.n_grpo_steps, resume_step=first if resume else None)
         )
@@ -186,7 +190,7 @@ class Loop:
         step, again = self.whole[0], f"python -m jgrpo.train --resume {self.run_dir}"
         try:
             self.checkpoints.save(*self.whole)
-        except RunError as error:
+        except Exception as error:  # whatever it is, it must not hide why the run ends
             last = max(self.checkpoints.steps(), default=0)
             return f"stopped after step {step}; {error}\nto go on after step {last}: {again}"
         return f"stopped after step {step}; to go on: {again}"
@@ -204,13 +208,14 @@ class Loop:
             "the sampler follows the adapter: gap {probe/gap_mean:.1e} mean, {probe/gap_max:.1e} "
             "max (to the base: {probe/gap_to_base_mean:.1e})".format(**gaps)
         )
-        if self.adapter_folder(self.first).exists():
-            self.sampler.load(self.adapter_folder(self.first))
+        if adapter_folder(self.run_dir, self.first).exists():
+            self.sampler.load(adapter_folder(self.run_dir, self.first))
         else:
             self.publish(self.first)
         shutil.rmtree(probe)  # only now: a server dies if a loaded adapter's folder goes
         self.log.take_seconds()
         rows = read_metrics(self.run_dir)
+        self.learner.skipped_in_a_row = skipped_at_the_end(rows, self.config.updates_per_rollout)
         if not any(row["step"] == self.first and "eval/accuracy" in row for row in rows):
             self.evaluate_if_due(self.first)
         self.checkpoints.save(*self.whole)
@@ -265,7 +270,7 @@ class Loop:
             f"--step {step}"
         )
         if self.learner.skipped_in_a_row >= MOST_SKIPPED:
-            raise RunError(f"{message}\n{MOST_SKIPPED} in a row: a lower lr may help")
+            raise RunError(f"{message}\n{MOST_SKIPPED} in a row: start a run with a lower lr")
         self.log.info(message, style="yellow")
 
     def reward_parts(self, rollout: Rollout) -> dict[str, np.ndarray]:
@@ -288,15 +293,12 @@ class Loop:
 
     def publish(self, step: int) -> None:
         """Write adapter `step` and have the sampler load it."""
-        c, folder = self.config, self.adapter_folder(step)
+        c, folder = self.config, adapter_folder(self.run_dir, step)
         shape = adapters.AdapterConfig(c.lora_r, c.lora_alpha, c.lora_target_modules)
         with self.log.phase("export"):
             adapters.save(self.learner.state[0], folder, shape, c.model_id)
         with self.log.phase("reload"):
             self.sampler.load(folder)
-
-    def adapter_folder(self, step: int) -> Path:
-        return self.run_dir / "adapters" / f"step_{step:06d}"
 
     def evaluate_if_due(self, step: int) -> None:
         every = self.config.eval_every
@@ -314,6 +316,16 @@ def step_metrics(rollout: Rollout, parts, rewards, advantages) -> dict[str, floa
         "train/zero_advantage_fraction": float((advantages == 0).mean()),
         **{f"reward/{name}": float(part.mean()) for name, part in parts.items()},
     }
+
+
+def skipped_at_the_end(rows: list[dict], updates_per_rollout: int) -> int:
+    """The updates in a row that were skipped when a run stopped, from its metrics."""
+    found = 0
+    for row in reversed([row for row in rows if "train/skipped_updates" in row]):
+        found += int(row["train/skipped_updates"])
+        if row["train/skipped_updates"] < updates_per_rollout:
+            break
+    return found
 
 
 def new_run_dir(config: Config) -> Path:

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, TypeVar
 import httpx
 import tenacity
 
-from jgrpo.errors import RunError
+from jgrpo.errors import RunError, printable
 from jgrpo.replies import Body, Retry, json_of, read_completions, words
 from jgrpo.rollout import Completion, Progress
 
@@ -86,6 +86,7 @@ class VllmSampler:
         run_id: str,
         max_tokens: int,
         max_model_len: int,
+        vocab_size: int,
         stop_token_ids: Sequence[int],
         timeout_s: float,
         start_command: str,
@@ -95,6 +96,7 @@ class VllmSampler:
         self._run_id = run_id
         self._max_tokens = max_tokens
         self._max_model_len = max_model_len
+        self._vocab_size = vocab_size
         self._stop_token_ids = list(stop_token_ids)
         self._timeout_s = timeout_s
         self._remedy = f"Start the server with\n  {start_command}"
@@ -177,7 +179,7 @@ class VllmSampler:
         """The completions of one prompt, by the adapter and no other; loads it again if lost."""
         for _ in range(1 + MAX_RELOADS):
             asked = {"model": self._adapters.get(url, self._bases[url].name), **body}
-            read = partial(read_completions, asked=asked)
+            read = partial(read_completions, asked=asked, vocab_size=self._vocab_size)
             completions = await self._request(client, url, "/v1/completions", asked, read=read)
             if completions is not None:
                 return completions
@@ -219,7 +221,7 @@ class VllmSampler:
             if name.startswith(ADAPTER_PREFIX) and name != base.name:
                 await self._unload(client, url, name)
                 log.warning("%s: unloaded %s, left by another run (or taken from it: one server "
-                            "serves one run)", url, name)  # fmt: skip
+                            "serves one run)", url, printable(name))  # fmt: skip
         return base
 
     async def _check_base(self, client: httpx.AsyncClient, url: str) -> None:

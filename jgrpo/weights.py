@@ -5,6 +5,7 @@ there, kernels are transposed, and layers are stacked. One stacked parameter is 
 in its final type and layout, so that no more than one of them ever exists twice.
 """
 
+import hashlib
 import json
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack
@@ -32,6 +33,8 @@ from jgrpo.model import Decoder, ModelConfig
 
 LEAF_NAMES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 MAX_PROBLEMS_SHOWN = 12
+SAMPLES, SAMPLE_BYTES = 64, 4096
+"""Of each file, for a fingerprint."""
 SIZES = (
     *("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads"),
     *("num_key_value_heads", "vocab_size"),
@@ -54,6 +57,20 @@ def model_folder(model_id: str, option: str = "model_id") -> Path:
             f"({type(error).__name__}: {str(error).splitlines()[0]}). Check the spelling and the "
             "network, or download the model elsewhere and give its folder."
         ) from error
+
+
+def weights_fingerprint(folder: Path) -> str:
+    """Of the sizes of a model's files and samples of their bytes: takes no time at any size, and
+    two models that were trained apart differ in it."""
+    found = hashlib.sha256((folder / "config.json").read_bytes())
+    for file in sorted(folder.glob("*.safetensors")):
+        size = file.stat().st_size
+        found.update(f"{file.name} {size}".encode())
+        with file.open("rb") as data:
+            for start in range(0, size, -(-size // SAMPLES)):
+                data.seek(start)
+                found.update(data.read(SAMPLE_BYTES))
+    return found.hexdigest()[:16]
 
 
 def read_hf_config(folder: Path) -> PretrainedConfig:

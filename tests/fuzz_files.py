@@ -186,7 +186,7 @@ def a_reply_is_used_whole_or_refused(drawn: tuple[list, list, int]) -> None:
     content = in_json(changed(REPLY, changes), breaks)
     request = httpx.Request("POST", "http://server/v1/completions")
     response = httpx.Response(status, content=content, request=request)
-    read = lambda: replies.completions_of(replies.json_of(response), ASKED)  # noqa: E731
+    read = lambda: replies.completions_of(replies.json_of(response), ASKED, 300)  # noqa: E731
     found, error = attempt(read, RunError, ValueError, replies.Retry)
     if error:
         assert str(error)

@@ -124,6 +124,16 @@ def mode(name: str, bits: int) -> Damage:
     return lambda root: (root / name).chmod(bits)
 
 
+def flipped(name: str) -> Damage:
+    """Its last byte is another one."""
+
+    def damage(root: Path) -> None:
+        content = (root / name).read_bytes()
+        (root / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+    return damage
+
+
 def every_file(folder: str, pattern: str, content: bytes) -> Damage:
     def damage(root: Path) -> None:
         found = [file for file in (root / folder).rglob(pattern) if file.is_file()]
@@ -470,6 +480,13 @@ RUNS = {
     "resume another run": of(
         sound, "a resumed run cannot change", "lr: 0.002 -> 0.001", line=f"{RESUME} --lr 1e-3"
     ),
+    "problems changed since": of(
+        lambda root: (root / "train.jsonl").write_text((root / "eval.jsonl").read_text()),
+        "its problems changed since", "bring back", line=RESUME,
+    ),
+    "weights changed since": of(
+        flipped("base/model.safetensors"), "its model changed since", "bring back", line=RESUME
+    ),
     "config.json of another version": of(
         lambda root: fields("run/config.json", config={"lora_rank": 1})(root),
         "run/config.json is of another version", "lora_rank", line=RESUME,
@@ -638,7 +655,8 @@ def whole(tmp_path_factory) -> Path:
     with contextlib.chdir(root):
         run = Path("run")
         run.mkdir()
-        write_config(run, config, {})
+        inputs = session.fingerprints(config, session.open_problems(config))
+        write_config(run, config, {"inputs": inputs})
         (run / "metrics.jsonl").write_text("".join(json_line({"step": k}) for k in range(3)))
         policy = session.open_policy(config)
         state = jax.device_get(Learner(config, policy.graph, policy.adapter, policy.base).state)

@@ -33,8 +33,14 @@ def test_run_folders_count_up_and_are_never_shared(tmp_path):
 def test_a_named_folder_must_be_new_or_empty(tmp_path):
     assert rundir.named_run_dir(tmp_path / "a" / "b").is_dir()
     rundir.named_run_dir(tmp_path / "a" / "b")
-    with pytest.raises(InputError, match="must be new or empty, has b; --resume"):
-        rundir.named_run_dir(tmp_path / "a")
+    with (
+        pytest.raises(InputError, match="must be new or empty, has b; --resume"),
+        rundir.claimed(tmp_path / "a", new=True),
+    ):
+        pass
+    with rundir.claimed(tmp_path / "a" / "b", new=True):
+        (tmp_path / "a" / "b" / "checkpoints").mkdir()
+    assert not (tmp_path / "a" / "b").exists()  # nothing came of it: the command can be given again
 
 
 def test_rollouts_come_back_as_written_and_replace_a_former_try(tmp_path):
@@ -89,12 +95,15 @@ def test_a_resume_is_noted_and_what_the_first_start_wrote_stays(tmp_path):
 
 
 def test_a_folder_is_held_by_one_process_at_a_time(tmp_path):
-    with (
-        rundir.claimed(tmp_path),
-        pytest.raises(InputError, match="another process is at work"),
-        rundir.claimed(tmp_path),
-    ):
-        pass
+    (tmp_path / ".config.json.77.tmp").write_text("{")  # the first one is writing it
+    for new in (False, True):
+        with (
+            rundir.claimed(tmp_path),
+            pytest.raises(InputError, match="another process is at work"),
+            rundir.claimed(tmp_path, new=new),
+        ):
+            pass
+        assert len(list(tmp_path.iterdir())) == 1
     with pytest.raises(RunError, match=r"No space left"), rundir.claimed(tmp_path):
         raise OSError(28, "No space left on device")
     with rundir.claimed(tmp_path):
@@ -120,7 +129,10 @@ def test_what_a_kill_left_goes_and_what_is_whole_stays(tmp_path):
 def test_a_start_that_was_killed_can_be_given_again(tmp_path):
     (tmp_path / ".config.json.77.tmp").write_text("{")
     (tmp_path / "checkpoints").mkdir()
-    assert rundir.named_run_dir(tmp_path) == tmp_path
+    with rundir.claimed(tmp_path, new=True):
+        assert not list(tmp_path.iterdir())
+        (tmp_path / "config.json").write_text("{}")
+    assert tmp_path.exists()
 
 
 def test_a_folder_that_is_no_run_is_named(tmp_path):

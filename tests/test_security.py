@@ -263,8 +263,8 @@ def test_the_key_is_taken_from_the_environment_and_written_nowhere(
     guarded, tmp_path, monkeypatch, caplog
 ):
     """vLLM itself: the server of test_serve.py asks for a key."""
-    options = {"run_id": "1", "max_tokens": 8, "max_model_len": 64, "stop_token_ids": [1],
-               "timeout_s": 20, "start_command": "start"}  # fmt: skip
+    options = {"run_id": "1", "max_tokens": 8, "max_model_len": 64, "vocab_size": 2**31,
+               "stop_token_ids": [1], "timeout_s": 20, "start_command": "start"}  # fmt: skip
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
     with pytest.raises(RunError, match=r"HTTP 401.*VLLM_API_KEY"):
         VllmSampler([guarded], **options)
@@ -282,16 +282,17 @@ def test_a_key_that_no_header_can_hold_is_refused_and_not_shown(sign, guarded, m
     monkeypatch.setenv("VLLM_API_KEY", KEY + sign)
     with pytest.raises(RunError, match="VLLM_API_KEY holds a character") as error:
         VllmSampler(
-            [guarded], run_id="1", max_tokens=8, max_model_len=64, stop_token_ids=[1],
-            timeout_s=1, start_command="start",
+            [guarded], run_id="1", max_tokens=8, max_model_len=64, vocab_size=2**31,
+            stop_token_ids=[1], timeout_s=1, start_command="start",
         )  # fmt: skip
     assert KEY not in str(error.value) + caplog.text
 
 
 @pytest.mark.parametrize("rollout", ["vllm", "jax"])
-def test_a_password_in_the_address_is_refused_and_not_shown(rollout):
+@pytest.mark.parametrize("other", ["", ",no-address"])
+def test_a_password_in_the_address_is_refused_and_not_shown(rollout, other):
     with pytest.raises(InputError, match="VLLM_API_KEY") as error:
-        Config(vllm_url=f"http://me:{KEY}@host:x", rollout=rollout)
+        Config(vllm_url=f"http://me:{KEY}@host:x{other}", rollout=rollout)
     assert KEY not in str(error.value)
 
 

@@ -127,6 +127,7 @@ class Served:
             "run_id": "t",
             "max_tokens": MAX_TOKENS,
             "max_model_len": 64,
+            "vocab_size": 2**31,
             "stop_token_ids": [END],
             "timeout_s": 120,
             "start_command": "",

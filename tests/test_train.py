@@ -235,6 +235,8 @@ def test_updates_that_are_not_finite_are_skipped_and_three_in_a_row_end_the_run(
     stopped = max((root / "runs").iterdir(), key=lambda f: int(f.name))
     rows = read_metrics(stopped)
     assert [row["train/skipped_updates"] for row in rows] == [0, 1, 0, 1, 1, 1]
+    counts = [train_module.skipped_at_the_end(rows[:k], 1) for k in range(7)]
+    assert counts == [0, 0, 1, 0, 1, 2, 3]  # what a resumed run begins with
     assert [row["train/loss"] is None for row in rows] == [False, True, False, True, True, True]
     adapters = [arrays_of(stopped / f"adapters/step_00000{k}") for k in range(7)]
     unchanged = [same_bits(*pair) for pair in pairwise(adapters)]

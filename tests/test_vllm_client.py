@@ -31,6 +31,7 @@ def sampler_at(*urls: str, **options: Any) -> VllmSampler:
         "run_id": "7",
         "max_tokens": MAX_TOKENS,
         "max_model_len": 64,
+        "vocab_size": 2**31,
         "stop_token_ids": [END],
         "timeout_s": 20,
         "start_command": "python -m jgrpo.serve --config c.py",
@@ -190,6 +191,14 @@ def change_first(**fields: Any) -> Callable[[list[dict]], Any]:
         (change_first(prompt_token_ids=[9]), "prompt_token_ids are not those of the request"),
         (change_first(token_ids=None), "token_ids: None"),
         (change_first(token_ids=[17, -1, END]), r"token_ids: \[17, -1, 1\]"),
+        (change_first(token_ids=[17, 2**31, END]), "the model knows 2147483648"),
+        (
+            change_first(
+                token_ids=[17] * MAX_TOKENS + [END],
+                logprobs={"token_logprobs": [0.0] * (MAX_TOKENS + 1)},
+            ),
+            f"{MAX_TOKENS + 1} tokens, max_tokens is {MAX_TOKENS}",
+        ),
         (change_first(logprobs=None), "token_logprobs of 3 token_ids: None"),
         (
             change_first(logprobs={"token_logprobs": [-1.0, -1.0]}),

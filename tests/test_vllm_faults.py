@@ -78,8 +78,8 @@ def run_through(server: Faulty, root: Path) -> tuple[list[Any], list[tuple[int, 
     steps, arrived = [], []
     with listening(server) as url:
         sampler = VllmSampler(
-            [url], run_id="1", max_tokens=4, max_model_len=64, stop_token_ids=[END], timeout_s=60,
-            start_command="start",
+            [url], run_id="1", max_tokens=4, max_model_len=64, vocab_size=2**31,
+            stop_token_ids=[END], timeout_s=60, start_command="start",
         )  # fmt: skip
         for step in range(STEPS):
             sampler.load(root / f"step_{step:06d}")
@@ -165,7 +165,7 @@ def test_whatever_stands_in_a_reply_gives_completions_that_can_be_trained_on_or_
     for _ in range(data.draw(st.integers(1, 3))):
         reply = replaced(reply, data.draw(st.sampled_from(places(reply))), data.draw(JSON))
     try:
-        completions = completions_of(reply, ASKED)
+        completions = completions_of(reply, ASKED, 2**31)
     except ValueError:
         return
     assert len(completions) == 2
