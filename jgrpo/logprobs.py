@@ -10,6 +10,7 @@ slots, N completions.
 """
 
 from functools import partial
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,10 @@ from jgrpo.model import Attend, Decoder, attention, causal_mask, positions_in
 
 HEAD_CHUNK_FLOATS = 2**24
 """Logits in memory at once (64 MiB in float32); the chunk's backward pass needs a few such."""
+
+LEAST_BLOCK, MOST_BLOCKS = 96, 8
+"""Tokens of a row that attend at once, and how many such blocks a row has at most: 8 compute 0.56
+of a row's scores; more would save little and take longer to compile."""
 
 
 def token_logprobs(
@@ -115,6 +120,9 @@ def _shared_prompts(batch: MicroBatch, tokens: jax.Array, implementation: str) -
     in_prompt = jnp.broadcast_to(in_prompt[:, None], (r, u, s))
     among_rows = jnp.concatenate([in_prompt, causal_mask(jnp.asarray(batch.segments))], axis=2)
 
+    n_blocks = min(max(1, u // LEAST_BLOCK), MOST_BLOCKS) if implementation == "xla" else 1
+    blocks = [u * i // n_blocks for i in range(n_blocks + 1)]
+
     def attend(q, k, v, _):
         (q_prompts, q_rows), (k_prompts, k_rows), (v_prompts, v_rows) = (
             _in_slots(x, batch, tokens) for x in (q, k, v)
@@ -122,7 +130,17 @@ def _shared_prompts(batch: MicroBatch, tokens: jax.Array, implementation: str) -
         k_rows = jnp.concatenate([k_prompts[batch.row_prompts], k_rows], axis=1)
         v_rows = jnp.concatenate([v_prompts[batch.row_prompts], v_rows], axis=1)
         of_prompts = attention(q_prompts, k_prompts, v_prompts, among_prompts, implementation)
-        of_rows = attention(q_rows, k_rows, v_rows, among_rows, implementation)
+        of_blocks = [  # no query sees what comes after its block
+            attention(
+                q_rows[:, a:b],
+                k_rows[:, : s + b],
+                v_rows[:, : s + b],
+                among_rows[:, a:b, : s + b],
+                implementation,
+            )
+            for a, b in pairwise(blocks)
+        ]
+        of_rows = jnp.concatenate(of_blocks, axis=1)
         return _from_slots(of_prompts, of_rows, batch, tokens), None
 
     return attend
