@@ -66,7 +66,7 @@ def is_writable(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def claimed(run_dir: Path, *, new: bool = False) -> Iterator[None]:
-    """Hold a run folder for this process, until it ends in whatever way; a folder that is then
+    """Hold a run folder for this process, until it ends in whatever way; a new one that is then
     still empty is removed, so that the same command can be given again.
 
     InputError if it may not write there, another process is at work in it, or it should be `new`
@@ -92,7 +92,7 @@ def claimed(run_dir: Path, *, new: bool = False) -> Iterator[None]:
             raise RunError(f"{run_dir}: {error}") from error
         raise
     finally:
-        for empty in (run_dir / "checkpoints", run_dir):
+        for empty in (run_dir / "checkpoints", run_dir) if new else ():
             with contextlib.suppress(OSError):  # it is not
                 empty.rmdir()
         os.close(folder)

@@ -67,7 +67,8 @@ def weights_fingerprint(folder: Path) -> str:
         size = file.stat().st_size
         found.update(f"{file.name} {size}".encode())
         with file.open("rb") as data:
-            for start in range(0, size, -(-size // SAMPLES)):
+            starts = range(0, size, -(-size // SAMPLES)) if size else ()
+            for start in (*starts, max(0, size - SAMPLE_BYTES)):
                 data.seek(start)
                 found.update(data.read(SAMPLE_BYTES))
     return found.hexdigest()[:16]

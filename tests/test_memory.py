@@ -100,7 +100,7 @@ def test_what_does_not_fit_is_said_with_the_knobs(root):
     memory = training_memory(tiny_config(root), policy, [18] * 8)
     assert "does not fit" not in memory.table(memory.total)
     text = memory.table(memory.total - 1)
-    assert "This does not fit: a smaller --micro_batch_size, --gradient_checkpointing" in text
+    assert "This does not fit: a smaller --micro_batch_size or --gradient_checkpointing" in text
     assert "free now" not in memory.table(None)
 
 
