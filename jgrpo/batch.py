@@ -127,10 +127,12 @@ def micro_batches(
     """
     if not len(index):
         return []
-    groups = [list(g) for _, g in groupby(index, key=lambda i: tuple(rows.prompts[i]))]
+    runs = [list(g) for _, g in groupby(rows.prompts, tuple)]  # of one prompt, which may come again
+    run_of = [n for n, run in enumerate(runs) for _ in run]
+    groups = [list(g) for _, g in groupby(index, run_of.__getitem__)]
     s = bucket(max(SMALLEST_PROMPT, *(len(rows.prompts[g[0]]) for g in groups)))
     u = bucket(max(SMALLEST_ROW, *(len(rows.completions[i]) for i in index)))
-    most = max(len(list(g)) for _, g in groupby(map(tuple, rows.prompts)))
+    most = max(map(len, runs))
     packed = [_pack(rows, group, u) for group in groups]
     limit = micro_batch_size * bucket(max_model_len)
     step = limit // 8  # a bucket is divisible by 8

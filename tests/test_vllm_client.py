@@ -340,8 +340,8 @@ def restart_at(fake: FakeVllm, n: int, **base: Any) -> None:
     real, asked = fake.completions, []
 
     def completions(body: dict) -> tuple[int, Any]:
-        reply = real(body)
         with fake.lock:
+            reply = real(body)
             asked.append(body)
             if len(asked) == n:
                 fake.adapters.clear()
