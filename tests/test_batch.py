@@ -105,6 +105,10 @@ groups_strategy = st.lists(
 @given(groups_strategy, st.integers(1, 20), st.data())
 def test_every_indexed_completion_once_and_exactly(groups, micro_batch_size, data):
     rows = make_rows(groups)
+    if data.draw(st.booleans()):  # the first prompt again, as where an epoch ends within a step
+        n_last = len(groups[-1][1])
+        again = [*rows.prompts[:-n_last], *[rows.prompts[0]] * n_last]
+        rows = dataclasses.replace(rows, prompts=again)
     everything = range(len(rows.completions))
     chosen = data.draw(st.lists(st.sampled_from(everything), unique=True, min_size=1))
     index, max_model_len = np.array(sorted(chosen)), 100
@@ -156,6 +160,16 @@ def test_every_indexed_completion_once_and_exactly(groups, micro_batch_size, dat
     one_row = batches[0].prompts.shape[1] + width
     assert batches[0].n_tokens <= max(micro_batch_size * bucket(max_model_len), one_row)
     assert len({tuple(x.shape for x in b) for b in batches}) == 1
+
+
+def test_a_prompt_that_comes_twice_has_two_groups():
+    """Where an epoch ends within a step, around a group without a signal."""
+    rows = make_rows([(8, [5] * 4)] * 3)
+    rows = dataclasses.replace(rows, prompts=[*rows.prompts[:8], *rows.prompts[:4]])
+    index = np.array([0, 1, 2, 3, 8, 9, 10, 11])
+    batches = micro_batches(rows, index, micro_batch_size=8, max_model_len=16)
+    seen = sorted(int(a) - 1 for batch in batches for a in batch.advantages if a)
+    assert seen == index.tolist()
 
 
 def test_a_run_meets_few_shapes():
