@@ -151,9 +151,12 @@ def _head(model, temperature):
 
     def head(hidden, targets):
         logits = model.logits(hidden) / temperature
-        log_z = jax.nn.logsumexp(logits, axis=-1)
+        largest = jax.lax.stop_gradient(logits.max(axis=-1))
+        weights = jnp.exp(logits - largest[:, None])  # one exp for logprob, entropy and gradient
+        z = weights.sum(axis=-1)
+        log_z = jnp.log(z) + largest
         logprobs = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0] - log_z
-        entropies = log_z - jnp.sum(jnp.exp(logits - log_z[:, None]) * logits, axis=-1)
+        entropies = log_z - jnp.sum(weights * logits, axis=-1) / z
         return logprobs, entropies
 
     return head
@@ -202,6 +205,7 @@ def _by_chunks(function, *arrays, wanted, chunk):
     m = len(wanted)
     chunk = min(m, chunk)
     n_chunks = -(-m // chunk)
+    chunk = -(-m // n_chunks)  # all alike, so that the last one is not mostly filling
     order = jnp.argsort(~wanted, stable=True)  # wanted rows first: later chunks are skipped
     order = jnp.pad(order, (0, n_chunks * chunk - m), constant_values=m)  # m: out of bounds
     n_wanted = wanted.sum()

@@ -12,6 +12,7 @@ Left out on purpose: dropout, sliding windows, mixture of experts, rope types bu
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -116,12 +117,47 @@ def attention(
     """
     if implementation == "cudnn":
         return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation="cudnn")
-    n, t, h, c = q.shape
-    q = q.reshape(n, t, k.shape[2], -1, c)
-    scores = jnp.einsum("ntkgc,nskc->nkgts", q, k, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask[:, None, None], scores * c**-0.5, MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("nkgts,nskc->ntkgc", weights, v).reshape(n, t, h, c)
+    (n, t, h, c), n_kv = q.shape, k.shape[2]
+    q = (q * c**-0.5).reshape(n, t, n_kv, -1, c).transpose(0, 2, 3, 1, 4)  # [N, K, G, T, C]
+    out = _softmax_attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask[:, None, None])
+    return out.transpose(0, 3, 1, 2, 4).reshape(n, t, h, c)
+
+
+@jax.custom_vjp
+def _softmax_attention(q, k, v, mask):
+    """q [N, K, G, T, C], k and v [N, K, S, C] -> out [N, K, G, T, C]; each query sees something.
+
+    Kept are exp(score - largest), never divided by their sum: the outputs are. The gradient is that
+    of FlashAttention (Dao et al. 2022, appendix B.2) with all scores at hand; what JAX derives from
+    a softmax keeps them twice, and writes and transposes them several times more.
+    """
+    return _softmax_attention_forward(q, k, v, mask)[0]
+
+
+def _softmax_attention_forward(q, k, v, mask):
+    scores = jnp.einsum("nkgtc,nksc->nkgts", q, k, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask, scores, MASKED)
+    weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
+    inverse = 1 / weights.sum(axis=-1)
+    weights = weights.astype(v.dtype)
+    out = jnp.einsum("nkgts,nksc->nkgtc", weights, v, preferred_element_type=jnp.float32)
+    out = (out * inverse[..., None]).astype(v.dtype)
+    return out, (q, k, v, weights, inverse, out)
+
+
+def _softmax_attention_backward(saved, dy):
+    q, k, v, weights, inverse, out = saved
+    scaled = dy * inverse[..., None].astype(dy.dtype)
+    dv = jnp.einsum("nkgtc,nkgts->nkcs", scaled, weights).swapaxes(2, 3)
+    along = jnp.einsum("nkgtc,nkgtc->nkgt", scaled, out, preferred_element_type=jnp.float32)
+    ds = jnp.einsum("nkgtc,nksc->nkgts", scaled, v, preferred_element_type=jnp.float32)
+    ds = (weights * (ds - along[..., None])).astype(q.dtype)
+    dq = jnp.einsum("nkgts,nksc->nkgtc", ds, k)
+    dk = jnp.einsum("nkgtc,nkgts->nkcs", q, ds).swapaxes(2, 3)
+    return dq, dk, dv, None
+
+
+_softmax_attention.defvjp(_softmax_attention_forward, _softmax_attention_backward)
 
 
 def full_attention(segments: jax.Array) -> Attend:
@@ -164,7 +200,8 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        per_row = jax.lax.rsqrt(jnp.mean(y * y, axis=-1) + self.eps)
+        y = jnp.einsum("...d,...->...d", y, per_row)  # XLA's sum in the gradient of y * r is slow
         return (y * self.scale[...].astype(jnp.float32)).astype(x.dtype)
 
 
@@ -230,7 +267,12 @@ class MLP(nnx.Module):
         self.down_proj = parts.dense("down_proj", c.ff_width, c.width)
 
     def __call__(self, x):
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+@partial(jax.checkpoint, prevent_cse=False)  # cheaper to compute twice than to keep
+def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    return jax.nn.silu(gate) * up
 
 
 class DecoderLayer(nnx.Module):

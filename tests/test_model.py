@@ -15,6 +15,7 @@ from flax import nnx
 from transformers import AutoTokenizer, GPT2Config, MistralConfig
 
 import jgrpo
+from jgrpo.config import PROJECTIONS
 from jgrpo.errors import InputError
 from jgrpo.lora import split
 from jgrpo.model import Decoder, ModelConfig, attention, causal_mask, positions_in
@@ -175,6 +176,19 @@ def test_28_layers_are_as_small_a_program_as_2(checkpointed):
     assert len(program(28)) < 1.02 * len(program(2))
 
 
+def test_a_layer_keeps_three_arrays_of_feed_forward_width_and_its_scores_once():
+    config = ModelConfig.from_hf(hf_config("qwen3-tied", intermediate_size=77))
+    make = lambda: Decoder(config, rngs=nnx.Rngs(0), rank=1, target_modules=PROJECTIONS)  # noqa: E731
+    graph, adapter, base = split(nnx.eval_shape(make))
+    ids = jax.ShapeDtypeStruct((3, 23), jnp.int32)
+    call = lambda adapter, base, ids: nnx.merge(graph, adapter, base)(ids)  # noqa: E731
+    keep = lambda *args: jax.vjp(lambda adapter: call(adapter, *args[1:]), args[0])[1]  # noqa: E731
+    kept = [x.shape for x in jax.tree.leaves(jax.eval_shape(keep, adapter, base, ids))]
+    of_a_layer = [s[1:] for s in kept if s[0] == config.n_layers]
+    assert sum(s[-1] == 77 and 23 in s for s in of_a_layer) == 3  # gate, up, and their product
+    assert sum(s[-2:] == (23, 23) for s in of_a_layer) == 1
+
+
 def test_right_padding_changes_nothing(checkpoint):
     folder, ids = checkpoint("qwen3-tied"), random_ids(2, 32)
     alone = torch_logits(torch_model(folder), ids[:, :11])
@@ -200,6 +214,34 @@ def test_positions_restart_in_each_segment():
     segments = jnp.array([[1, 1, 1, 2, 2, 0, 0], [1, 2, 3, 3, 3, 3, 0]])
     expected = [[0, 1, 2, 0, 1, 0, 1], [0, 0, 0, 1, 2, 3, 0]]
     np.testing.assert_array_equal(positions_in(segments), expected)
+
+
+def test_attention_has_the_gradient_of_its_formula():
+    """Values and all three gradients against what JAX derives from the formula, in float64."""
+    rng = np.random.default_rng(0)
+    shapes = ((2, 24, 6, 8), (2, 31, 2, 8), (2, 31, 2, 8), (2, 24, 6, 8))
+    q, k, v, weights = (rng.normal(size=s) * 2 for s in shapes)
+    mask = rng.random((2, 24, 31)) < 0.5
+    mask[:, :, 0] = True
+
+    def formula(q, k, v, mask):
+        k, v = (jnp.repeat(x, 3, axis=2) for x in (k, v))  # head h looks at key h // 3
+        scores = jnp.einsum("nthc,nshc->nhts", q, k) / np.sqrt(8)
+        attended = jax.nn.softmax(jnp.where(mask[:, None], scores, -jnp.inf), axis=-1)
+        return jnp.einsum("nhts,nshc->nthc", attended, v)
+
+    def value_and_gradients(function, dtype):
+        arrays = [jnp.asarray(x, dtype) for x in (q, k, v)]
+        out, gradient = jax.vjp(lambda *a: function(*a, jnp.asarray(mask)), *arrays)
+        return out, *gradient(jnp.asarray(weights, dtype))
+
+    with jax.enable_x64(True):
+        expected = [np.asarray(x) for x in value_and_gradients(formula, jnp.float64)]
+    for dtype, error in ((jnp.float32, 3e-6), (jnp.bfloat16, 0.02)):
+        for found, wanted in zip(value_and_gradients(attention, dtype), expected, strict=True):
+            assert found.dtype == dtype
+            difference = np.linalg.norm(np.asarray(found, np.float64) - wanted)
+            assert difference < error * np.linalg.norm(wanted)
 
 
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="flash attention needs a GPU")
