@@ -15,8 +15,9 @@ from itertools import pairwise
 import jax
 import jax.numpy as jnp
 
+from jgrpo.attention import Attend, attention, causal_mask
 from jgrpo.batch import MicroBatch
-from jgrpo.model import Attend, Decoder, attention, causal_mask, positions_in
+from jgrpo.model import Decoder, positions_in
 
 HEAD_CHUNK_FLOATS = 2**24
 """Logits in memory at once (64 MiB in float32); the chunk's backward pass needs a few such."""

@@ -23,9 +23,10 @@ import numpy as np
 from flax import nnx
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from jgrpo.attention import full_attention
 from jgrpo.batch import bucket
 from jgrpo.errors import InputError
-from jgrpo.model import Body, ModelConfig, Parts, full_attention, positions_in
+from jgrpo.model import Body, ModelConfig, Parts, positions_in
 from jgrpo.weights import filled, model_config, read_hf_config
 
 logger = logging.getLogger("jgrpo")

@@ -11,23 +11,18 @@ import fcntl
 import json
 import math
 import os
-import platform
-import shlex
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterable, Iterator, Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from jgrpo.errors import InputError, RunError
+from jgrpo.provenance import circumstances
 
 OF_THE_DISK = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM)
 }
 """Errors of the disk and its permissions, which a user can mend; others are ours."""
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "transformers", "datasets", "vllm")
 
 
 def next_run_dir(base_dir: str | Path) -> Path:
@@ -198,7 +193,7 @@ def write_config(run_dir: Path, config: Any, extra: Mapping[str, Any]) -> Path:
     `config` is a dataclass instance; `extra` adds keys at the top (devices, data report, ...).
     """
     options = dataclasses.asdict(config)
-    content = {"config": options, "seed": options.get("seed"), **_circumstances(), **extra}
+    content = {"config": options, "seed": options.get("seed"), **circumstances(), **extra}
     write_whole(run_dir / "config.json", json.dumps(jsonable(content), indent=2) + "\n")
     return run_dir / "config.json"
 
@@ -210,25 +205,9 @@ def add_resume(run_dir: Path, config: Any, step: int, extra: Mapping[str, Any]) 
     content = read_config(run_dir)
     before, now = content["config"], jsonable(dataclasses.asdict(config))
     changed = {k: [before.get(k), v] for k, v in now.items() if before.get(k) != v}
-    resume = {"step": step, **_circumstances(), **extra, "changed": changed}
+    resume = {"step": step, **circumstances(), **extra, "changed": changed}
     content |= {"config": now, "resumes": [*content.get("resumes", []), jsonable(resume)]}
     write_whole(run_dir / "config.json", json.dumps(content, indent=2) + "\n")
-
-
-def _circumstances() -> dict[str, Any]:
-    """Command, commit, versions and hardware of this process."""
-    versions = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return {
-        "command": shlex.join(sys.orig_argv),
-        "git_commit": _git_commit(),
-        "versions": versions,
-        "hardware": {"platform": platform.platform(), "cpus": os.cpu_count(), "cpu": _cpu_name()},
-    }
 
 
 def check_inputs(run_dir: Path, inputs: Mapping[str, str]) -> None:
@@ -258,34 +237,6 @@ def read_config(run_dir: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
         raise InputError(f'{file}: has no "config": not written by jgrpo.train')
     return content
-
-
-def _git_commit() -> str | None:
-    """HEAD of the clone that this package runs from, `+changes` if edited; None without one."""
-    root = Path(__file__).parent.parent
-    if not (root / ".git").exists():
-        return None
-    try:
-        head = _git(root, "rev-parse", "HEAD")
-        changes = _git(root, "status", "--porcelain", "--untracked-files=no")
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return head + ("+changes" if changes else "")
-
-
-def _git(root: Path, *arguments: str) -> str:
-    command = ["git", "-C", str(root), *arguments]
-    done = subprocess.run(command, check=True, timeout=10, capture_output=True, text=True)
-    return done.stdout.strip()
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:

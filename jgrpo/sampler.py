@@ -18,8 +18,8 @@ import numpy as np
 from flax import nnx
 
 from jgrpo import adapter as adapters
+from jgrpo.attention import MASKED, attention, causal_mask
 from jgrpo.batch import bucket
-from jgrpo.model import MASKED, attention, causal_mask
 from jgrpo.rollout import Completion, Progress
 
 FIRST_STAGE = 32

@@ -30,8 +30,9 @@ from rich.progress import track
 from transformers import Qwen2Config
 
 from jgrpo import tiny
+from jgrpo.attention import full_attention
 from jgrpo.cli import tune_allocator
-from jgrpo.model import ModelConfig, full_attention, positions_in
+from jgrpo.model import ModelConfig, positions_in
 from jgrpo.prm import ProcessRewardModel, ProcessRewards, encode, steps
 from jgrpo.weights import save_model
 

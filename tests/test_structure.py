@@ -19,7 +19,8 @@ TREES = {file.stem: ast.parse(file.read_text("utf-8")) for file in FILES}
 # design.md, section 3: a module imports only from layers below its own. Layers 0 and 2 have floors.
 LAYERS = [
     {"errors", "latex"},
-    {"checks", "algebra", "advantages", "losses", "lora", "rows", "tokenizer", "rewards"},
+    {"checks", "algebra", "advantages", "losses", "lora", "rows", "tokenizer", "rewards"}
+    | {"attention", "provenance"},
     {"answers", "config"},
     {"grader", "model", "prompts", "batch", "rollout", "rundir"},
     {"cli", "logprobs", "weights", "adapter", "replies", "checkpoint", "runlog", "plot"},
