@@ -1,0 +1,113 @@
+"""How long the programs of a run take to compile, and how long from the persistent cache, on a CPU.
+
+    python benchmarks/compilation.py [--n_rollouts 20]
+
+The model has SmolLM2-135M's shape and random weights. "training": the programs of all shapes of
+micro-batch that so many rollouts of log-normal lengths need (4 prompts x 4 completions of up to 192
+tokens, 40 % of the groups without a signal), and the optimizer's; "sampling": those of one rollout
+by the embedded sampler, which is really sampled. The first process begins with an empty cache, the
+second has what the first one left. Seconds of tracing, lowering and compiling (or reading); for
+sampling, the first time less the second. Last line: one JSON document.
+"""
+
+import json
+import multiprocessing
+import os
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from speed import SHAPES, config_of, make_lines
+from speed import Args as SpeedArgs
+
+
+@dataclass
+class Args:
+    """Time compilation, cold and from the cache."""
+
+    n_rollouts: int = 20
+    """Rollouts whose micro-batches are looked at."""
+
+
+def compile_all(cache: str, n_rollouts: int) -> dict[str, tuple[int, float]]:
+    """For each part of a run: programs, and seconds spent to get them."""
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
+    import jax
+    from flax import nnx
+    from transformers import AutoConfig
+
+    from jgrpo.compare import saved_rows
+    from jgrpo.learner import Learner
+    from jgrpo.lora import split
+    from jgrpo.model import Decoder, ModelConfig
+    from jgrpo.sampler import JaxSampler
+    from jgrpo.session import configure_jax
+
+    configure_jax()
+    shape, compiled = SHAPES["135m"], []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None
+    )
+    config = config_of(SpeedArgs(shape="135m"), shape, Path())
+    model = Decoder(
+        ModelConfig.from_hf(AutoConfig.for_model(**shape.model)), rngs=nnx.Rngs(0),
+        rank=config.lora_r, alpha=config.lora_alpha, target_modules=config.lora_target_modules,
+    )  # fmt: skip
+    parts = split(model)
+    _, adapter, base = parts
+    learner = Learner(config, *parts)
+    found = {}
+    for seed in range(n_rollouts):
+        lines = make_lines(
+            SpeedArgs(shape="135m", lengths="realistic", seed=seed),
+            config, model.config.vocab_size,
+        )  # fmt: skip
+        for part in learner.parts(saved_rows(config, lines)):
+            found |= {str(jax.tree.map(jax.numpy.shape, batch)): batch for batch in part.batches}
+    jax.block_until_ready(jax.tree.leaves(base))
+    compiled.clear()
+    start = time.perf_counter()
+    for batch in found.values():
+        learner.update.compiled(adapter, base, batch)
+    learner.update._apply.lower(
+        *learner.state, jax.eval_shape(learner.update._zeros, adapter), 1.0
+    ).compile()
+    training = len(compiled), time.perf_counter() - start
+    compiled.clear()
+    sampler = JaxSampler(
+        *parts, stop_token_ids=[0], max_tokens=config.max_tokens,
+        max_rows=config.n_completions_per_step,
+    )  # fmt: skip
+    prompts = [[5 + i] * config.max_prompt_tokens for i in range(config.n_prompts_per_step)]
+    seconds = []
+    for _ in range(2):
+        start = time.perf_counter()
+        sampler.sample(prompts, seeds=range(len(prompts)), group_size=config.group_size)
+        seconds.append(time.perf_counter() - start)
+    return {"training": training, "sampling": (len(compiled), seconds[0] - seconds[1])}
+
+
+def main() -> None:
+    args = tyro.cli(Args)
+    context = multiprocessing.get_context("spawn")
+    rows, wall = [], []
+    with tempfile.TemporaryDirectory() as cache:
+        for _ in ("cold", "cached"):
+            start = time.perf_counter()
+            with ProcessPoolExecutor(1, context) as pool:
+                rows.append(pool.submit(compile_all, cache, args.n_rollouts).result())
+            wall.append(time.perf_counter() - start)
+    cold, cached = rows
+    print("| programs of | number | cold | from the cache |\n| --- | --- | --- | --- |")
+    for part, (n, seconds) in cold.items():
+        print(f"| {part} | {n} | {seconds:.1f} s | {cached[part][1]:.1f} s |")
+    both = [sum(seconds for _, seconds in row.values()) for row in rows]
+    print(f"| together | {sum(n for n, _ in cold.values())} | {both[0]:.1f} s | {both[1]:.1f} s |")
+    print(json.dumps({"cold": cold, "cached": cached, "seconds": both, "wall_s": wall}))
+
+
+if __name__ == "__main__":
+    main()
