@@ -13,6 +13,10 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 )
+if (shared := os.environ.get("JAX_COMPILATION_CACHE_DIR")) and (
+    worker := os.environ.get("PYTEST_XDIST_WORKER")
+):  # JAX does not write it atomically, and another worker would read what is half there
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{shared}/{worker}"
 
 from itertools import groupby
 from pathlib import Path
