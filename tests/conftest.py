@@ -6,6 +6,7 @@ variance of its input, and norm weights, biases and B are far from 1, 0 and 0.
 """
 
 import os
+import signal
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # an accelerator's float32 matmul is not float32
 # Most of a tiny model's time is compilation, most of that LLVM's: without its optimizations, half.
@@ -15,7 +16,7 @@ os.environ["XLA_FLAGS"] = (
 )
 if (shared := os.environ.get("JAX_COMPILATION_CACHE_DIR")) and (
     worker := os.environ.get("PYTEST_XDIST_WORKER")
-):  # JAX does not write it atomically, and another worker would read what is half there
+):  # JAX does not write it atomically: another worker would read what is half there
     os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{shared}/{worker}"
 
 from itertools import groupby
@@ -31,6 +32,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Co
 import jgrpo
 from jgrpo.batch import MicroBatch, Rows, Shape, _fill, _pack, bucket
 from jgrpo.lora import LoRAParam, split
+
+# A shell's background jobs ignore Ctrl-C, and so would all that a test starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SHAPE = {
     "vocab_size": 67,

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import shlex
+import sys
 import threading
 
 import numpy as np
@@ -77,7 +79,7 @@ def test_the_config_says_what_it_takes_to_repeat_the_run(tmp_path):
     assert content["seed"] == 42
     assert content["devices"] == ["cpu:0"]
     assert content["versions"]["numpy"] == np.__version__
-    assert "pytest" in content["command"]
+    assert content["command"] == shlex.join(sys.orig_argv)
     assert content["hardware"]["cpus"] > 0
 
 

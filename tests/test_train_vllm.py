@@ -4,6 +4,7 @@ and what the server says of its samples equals what the trainer computes, at eve
 Skipped without vLLM; the real problems are skipped without the folder that has them.
 """
 
+import asyncio
 import contextlib
 import dataclasses
 import importlib.util
@@ -220,22 +221,27 @@ def test_a_server_that_holds_another_base_is_found_out(config, url, tmp_path):
 
 
 def kill_in_step(step: int, url: str, monkeypatch) -> threading.Event:
-    """Have the server killed once the first completions of `step` have come; set when it is done.
+    """Have the server killed once the first completions of `step` have come, before the others are
+    asked for; set when it is done.
 
     SIGKILL goes to the server's own process; its engine follows it.
     """
     psutil = pytest.importorskip("psutil")
     real, killed, port = VllmSampler._complete, threading.Event(), urlsplit(url).port
+    alone = asyncio.Lock()
 
     async def complete(self, client, url, body, lock):
-        completions = await real(self, client, url, body, lock)
         sampled = self._path.endswith(f"step_{step - 1:06d}") and body["temperature"] > 0
         if sampled and not killed.is_set():
-            for c in psutil.net_connections("tcp"):
-                if c.laddr.port == port and c.status == psutil.CONN_LISTEN and c.pid:
-                    os.kill(c.pid, signal.SIGKILL)
-            killed.set()
-        return completions
+            async with alone:
+                if not killed.is_set():
+                    completions = await real(self, client, url, body, lock)
+                    for c in psutil.net_connections("tcp"):
+                        if c.laddr.port == port and c.status == psutil.CONN_LISTEN and c.pid:
+                            os.kill(c.pid, signal.SIGKILL)
+                    killed.set()
+                    return completions
+        return await real(self, client, url, body, lock)
 
     monkeypatch.setattr(VllmSampler, "_complete", complete)
     return killed
