@@ -36,7 +36,7 @@ def attention(
     if implementation == "cudnn":
         return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation="cudnn")
     (n, t, h, c), n_kv = q.shape, k.shape[2]
-    q = (q * c**-0.5).reshape(n, t, n_kv, -1, c).transpose(0, 2, 3, 1, 4)  # [N, K, G, T, C]
+    q = q.reshape(n, t, n_kv, -1, c).transpose(0, 2, 3, 1, 4)  # [N, K, G, T, C]
     out = _softmax_attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask[:, None, None])
     return out.transpose(0, 3, 1, 2, 4).reshape(n, t, h, c)
 
@@ -54,7 +54,7 @@ def _softmax_attention(q, k, v, mask):
 
 def _softmax_attention_forward(q, k, v, mask):
     scores = jnp.einsum("nkgtc,nksc->nkgts", q, k, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask, scores, MASKED)
+    scores = jnp.where(mask, scores * q.shape[-1] ** -0.5, MASKED)
     weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
     inverse = 1 / weights.sum(axis=-1)
     weights = weights.astype(v.dtype)
@@ -69,7 +69,7 @@ def _softmax_attention_backward(saved, dy):
     dv = jnp.einsum("nkgtc,nkgts->nkcs", scaled, weights).swapaxes(2, 3)
     along = jnp.einsum("nkgtc,nkgtc->nkgt", scaled, out, preferred_element_type=jnp.float32)
     ds = jnp.einsum("nkgtc,nksc->nkgts", scaled, v, preferred_element_type=jnp.float32)
-    ds = (weights * (ds - along[..., None])).astype(q.dtype)
+    ds = (weights * (ds - along[..., None]) * q.shape[-1] ** -0.5).astype(q.dtype)
     dq = jnp.einsum("nkgts,nksc->nkgtc", ds, k)
     dk = jnp.einsum("nkgtc,nkgts->nkcs", q, ds).swapaxes(2, 3)
     return dq, dk, dv, None
