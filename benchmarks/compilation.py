@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
-from speed import SHAPES, config_of, make_lines
+from speed import SHAPES, config_of, make_lines, random_model
 from speed import Args as SpeedArgs
 
 
@@ -36,13 +36,9 @@ def compile_all(cache: str, n_rollouts: int) -> dict[str, tuple[int, float]]:
     """For each part of a run: programs, and seconds spent to get them."""
     os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
     import jax
-    from flax import nnx
-    from transformers import AutoConfig
 
     from jgrpo.compare import saved_rows
     from jgrpo.learner import Learner
-    from jgrpo.lora import split
-    from jgrpo.model import Decoder, ModelConfig
     from jgrpo.sampler import JaxSampler
     from jgrpo.session import configure_jax
 
@@ -52,18 +48,13 @@ def compile_all(cache: str, n_rollouts: int) -> dict[str, tuple[int, float]]:
         lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None
     )
     config = config_of(SpeedArgs(shape="135m"), shape, Path())
-    model = Decoder(
-        ModelConfig.from_hf(AutoConfig.for_model(**shape.model)), rngs=nnx.Rngs(0),
-        rank=config.lora_r, alpha=config.lora_alpha, target_modules=config.lora_target_modules,
-    )  # fmt: skip
-    parts = split(model)
-    _, adapter, base = parts
+    parts = _, adapter, base = random_model(config, shape)
     learner = Learner(config, *parts)
     found = {}
     for seed in range(n_rollouts):
         lines = make_lines(
             SpeedArgs(shape="135m", lengths="realistic", seed=seed),
-            config, model.config.vocab_size,
+            config, shape.model["vocab_size"],
         )  # fmt: skip
         for part in learner.parts(saved_rows(config, lines)):
             found |= {str(jax.tree.map(jax.numpy.shape, batch)): batch for batch in part.batches}

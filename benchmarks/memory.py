@@ -14,7 +14,7 @@ import json
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 
-from speed import SHAPES, config_of, forget_peak, make_lines, resident_bytes
+from speed import SHAPES, config_of, forget_peak, make_lines, random_model, resident_bytes
 from speed import Args as SpeedArgs
 
 MICRO_BATCH_SIZES = (2, 4, 16)
@@ -24,14 +24,9 @@ def setting(micro_batch_size: int, gradient_checkpointing: bool) -> dict:
     """Bytes that are predicted and measured for one setting."""
     from pathlib import Path
 
-    from flax import nnx
-    from transformers import AutoConfig
-
     from jgrpo.compare import saved_rows
     from jgrpo.learner import Learner
-    from jgrpo.lora import split
     from jgrpo.memory import training_memory
-    from jgrpo.model import Decoder, ModelConfig
     from jgrpo.session import Policy, configure_jax
 
     configure_jax()
@@ -42,16 +37,11 @@ def setting(micro_batch_size: int, gradient_checkpointing: bool) -> dict:
         gradient_checkpointing=gradient_checkpointing,
     )
     config = config_of(args, shape, Path())
-    hf = AutoConfig.for_model(**shape.model)
-    model = Decoder(
-        ModelConfig.from_hf(hf), rngs=nnx.Rngs(0), rank=config.lora_r, alpha=config.lora_alpha,
-        target_modules=config.lora_target_modules,
-    )  # fmt: skip
-    policy = Policy(*split(model))
+    policy = Policy(*random_model(config, shape))
     lengths = [config.max_prompt_tokens] * config.n_prompts_per_step
     predicted = training_memory(config, policy, lengths)
     learner = Learner(config, policy.graph, policy.adapter, policy.base)
-    rows = saved_rows(config, make_lines(args, config, hf.vocab_size))
+    rows = saved_rows(config, make_lines(args, config, shape.model["vocab_size"]))
     learner.learn(rows)
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     forget_peak()

@@ -134,6 +134,20 @@ def config_of(args: Args, shape: Shape, model: Path) -> Config:
     return dataclasses.replace(base, **changes)
 
 
+def random_model(config: Config, shape: Shape) -> tuple[Any, Any, Any]:
+    """Structure, adapter and base of the shape's model, made here and not read from a folder."""
+    from flax import nnx
+    from transformers import AutoConfig
+
+    from jgrpo.lora import split
+    from jgrpo.model import Decoder, ModelConfig
+
+    return split(Decoder(
+        ModelConfig.from_hf(AutoConfig.for_model(**shape.model)), rngs=nnx.Rngs(0),
+        rank=config.lora_r, alpha=config.lora_alpha, target_modules=config.lora_target_modules,
+    ))  # fmt: skip
+
+
 def make_lines(args: Args, config: Config, vocab_size: int) -> list[dict]:
     """A random rollout, as the lines of a rollouts file."""
     rng = np.random.default_rng(args.seed)
