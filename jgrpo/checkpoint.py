@@ -23,17 +23,22 @@ Tree = Any
 
 @contextlib.contextmanager
 def _without_echoes() -> Iterator[None]:
-    """After an error, which is raised, TensorStore's threads report a closed event loop, each with
-    a traceback."""
+    """One array's error is raised; Orbax's tasks for the others report theirs too, each with a
+    traceback: TensorStore's threads a closed event loop, asyncio an error that nobody awaited."""
     before = sys.unraisablehook
 
     def hook(report: Any) -> None:
         if "Event loop is closed" not in str(report.exc_value):
             before(report)
 
+    def heard(record: logging.LogRecord) -> bool:
+        return "exception was never retrieved" not in record.getMessage()
+
     sys.unraisablehook = hook
+    logging.getLogger("asyncio").addFilter(heard)
     yield
     sys.unraisablehook = before  # not after an error: they come late, and the command ends
+    logging.getLogger("asyncio").removeFilter(heard)
 
 
 @contextlib.contextmanager
