@@ -100,9 +100,13 @@ class Args:
     """jgrpo's; None: the config's."""
     compilation_cache: Path | None = None
     """jgrpo's; None: a new one, so that its first turn and its peak memory include compilation."""
-    peers: tuple[Literal["torch", "trl", "tunix"], ...] = ("torch",)
-    """torch: the study's loop (torch_baseline.py). trl: TRL's GRPOTrainer, pip install trl==1.16.0.
-    tunix: Tunix's rl.Trainer, pip install google-tunix==0.1.7; for --shape 135m."""
+    peers: tuple[Literal["torch", "trl", "trl-defaults", "tunix", "tunix-defaults"], ...] = (
+        "torch",
+    )
+    """torch: the study's loop (torch_baseline.py). trl: TRL's GRPOTrainer, pip install trl==1.16.0;
+    trl-defaults: with its own micro-batch of 8 and gradient checkpointing. tunix: Tunix's
+    rl.Trainer, pip install google-tunix==0.1.7, for --shape 135m; tunix-defaults: with its own
+    micro-batch, all completions of an update."""
     torch_micro_batch_size: int = 2
     """The peers'; 2 is the study's, and the fastest for both on a CPU."""
     torch_environments: tuple[str, ...] = tuple(TORCH_ENVIRONMENTS)
@@ -242,14 +246,20 @@ def open_torch(
 
 
 def open_trl(
-    config: Config, folder: Path, lines: list[dict], micro_batch_size: int
+    config: Config, folder: Path, lines: list[dict], micro_batch_size: int, checkpointing=False
 ) -> tuple[Learn, Memory]:
     from torch_baseline import open_model
     from trl_side import Trl
 
     model = open_model(config, folder / "adapter")
-    trl = Trl(config, model, micro_batch_size)
+    trl = Trl(config, model, micro_batch_size, checkpointing)
     return lambda: trl.learn(lines), torch_memory(model)
+
+
+def open_trl_defaults(
+    config: Config, folder: Path, lines: list[dict], _: int
+) -> tuple[Learn, Memory]:
+    return open_trl(config, folder, lines, micro_batch_size=8, checkpointing=True)
 
 
 def open_tunix(
@@ -259,6 +269,12 @@ def open_tunix(
 
     tunix = Tunix(config, folder / "adapter", micro_batch_size)
     return lambda: tunix.learn(lines), resident_bytes
+
+
+def open_tunix_defaults(
+    config: Config, folder: Path, lines: list[dict], _: int
+) -> tuple[Learn, Memory]:
+    return open_tunix(config, folder, lines, len(lines))
 
 
 def torch_memory(model: Any) -> Memory:
@@ -292,7 +308,9 @@ def work(side: str, folder: Path, torch_micro_batch_size: int) -> None:
     config = Config(**json.loads((folder / "config.json").read_text()))
     lines = [json.loads(line) for line in (folder / "rollout.jsonl").open()]
     opened = {
-        "jgrpo": open_jgrpo, "torch": open_torch, "trl": open_trl, "tunix": open_tunix
+        "jgrpo": open_jgrpo, "torch": open_torch, "trl": open_trl,
+        "trl-defaults": open_trl_defaults, "tunix": open_tunix,
+        "tunix-defaults": open_tunix_defaults,
     }[side]  # fmt: skip
     learn, memory = opened(config, folder, lines, torch_micro_batch_size)
     forget_peak()

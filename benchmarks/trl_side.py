@@ -24,7 +24,9 @@ TINY = jgrpo.__path__[0] + "/tiny_base"
 class Trl:
     """`learn` makes one update of the adapter from a rollout's lines -> its gradient norm."""
 
-    def __init__(self, config: Config, model: PeftModel, micro_batch_size: int):
+    def __init__(
+        self, config: Config, model: PeftModel, micro_batch_size: int, checkpointing: bool
+    ):
         self.config, self.micro_batch_size = config, micro_batch_size
         self.folder = tempfile.TemporaryDirectory()  # the trainer wants one; it goes with this
         n = config.n_prompts_per_step * config.group_size
@@ -38,7 +40,7 @@ class Trl:
             temperature=config.temperature,
             learning_rate=config.lr,
             max_grad_norm=1.0,
-            gradient_checkpointing=False,
+            gradient_checkpointing=checkpointing,
             bf16=config.dtype == "bfloat16",
             use_cpu=not torch.cuda.is_available(),
             report_to="none",
@@ -52,6 +54,8 @@ class Trl:
             processing_class=AutoTokenizer.from_pretrained(TINY),
         )
         self.trainer.current_gradient_accumulation_steps = n // micro_batch_size
+        if checkpointing:  # as `Trainer.train` does
+            model.gradient_checkpointing_enable(arguments.gradient_checkpointing_kwargs)
         self.trainer.create_optimizer()
         self.weights = [p for p in model.parameters() if p.requires_grad]
         self.trainer.model.train()

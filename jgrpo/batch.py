@@ -20,6 +20,8 @@ SMALLEST_BUCKET, SMALLEST_PROMPT, SMALLEST_ROW = 16, 32, 64
 SLOT_COST, BATCH_COST = 0.15, 32
 """What a slot costs (attention alone), and what a micro-batch costs beside its tokens (the weights
 are read), in tokens."""
+SHAPE_WORTH = 1.02
+"""What may be paid for a shape that is likely to come again, as a factor: each is a compilation."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,14 @@ def bucket(n: int) -> int:
     return size
 
 
+def width(longest: int, at_most: int) -> int:
+    """The bucket of `at_most`, its half, its quarter, ...: the smallest that is >= longest."""
+    size = bucket(max(longest, at_most))
+    while size // 2 >= longest:
+        size //= 2
+    return size
+
+
 def completion_mask(rows: Rows) -> np.ndarray:
     """float32 [N, longest completion]: 1 where a completion that is trained on has a token."""
     lengths = np.array([len(c) for c in rows.completions])
@@ -116,25 +126,26 @@ def with_signal(advantages: np.ndarray) -> np.ndarray:
 
 
 def micro_batches(
-    rows: Rows, index: np.ndarray, *, micro_batch_size: int, max_model_len: int
+    rows: Rows, index: np.ndarray, *, micro_batch_size: int, max_prompt_tokens: int, max_tokens: int
 ) -> list[MicroBatch]:
     """The completions of `index` as micro-batches of one shape.
 
     Each has at most as many tokens as micro_batch_size rows of the longest bucket, but at least one
-    row. Shapes are few, since each is a compilation: widths are buckets of the longest prompt and
-    completion (and not too small: rows are shared), and there are a few to choose from for each
-    pair of widths, by what they compute.
+    row. Shapes are few, since each is a compilation: prompts and rows are as wide as their limits
+    or half as wide, and so on (but not too narrow: rows are shared), and there are a few shapes to
+    choose from for each pair of widths, by what they compute: of those that cost about the least,
+    the one of the most tokens.
     """
     if not len(index):
         return []
     runs = [list(g) for _, g in groupby(rows.prompts, tuple)]  # of one prompt, which may come again
     run_of = [n for n, run in enumerate(runs) for _ in run]
     groups = [list(g) for _, g in groupby(index, run_of.__getitem__)]
-    s = bucket(max(SMALLEST_PROMPT, *(len(rows.prompts[g[0]]) for g in groups)))
-    u = bucket(max(SMALLEST_ROW, *(len(rows.completions[i]) for i in index)))
+    s = width(max(SMALLEST_PROMPT, *(len(rows.prompts[g[0]]) for g in groups)), max_prompt_tokens)
+    u = width(max(SMALLEST_ROW, *(len(rows.completions[i]) for i in index)), max_tokens)
     most = max(map(len, runs))
     packed = [_pack(rows, group, u) for group in groups]
-    limit = micro_batch_size * bucket(max_model_len)
+    limit = micro_batch_size * bucket(max_prompt_tokens + max_tokens)
     step = limit // 8  # a bucket is divisible by 8
     plans = []
     for tokens, slots_a_token, rows_a_prompt in product(
@@ -147,7 +158,9 @@ def micro_batches(
         m = max(_n_tokens(rows, parts) for parts in batches)
         m = -(-m // step) * step
         plans.append((Shape(p, s, r, u, most, min(m, p * s + r * u)), batches))
-    shape, batches = min(plans, key=lambda plan: len(plan[1]) * plan[0].cost)
+    costs = [len(batches) * shape.cost for shape, batches in plans]
+    cheap = [plan for plan, c in zip(plans, costs, strict=True) if c <= SHAPE_WORTH * min(costs)]
+    shape, batches = max(cheap, key=lambda plan: (plan[0].m, plan[0].n_slots))
     return [_fill(rows, shape, parts) for parts in batches]
 
 

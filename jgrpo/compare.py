@@ -146,7 +146,8 @@ def _micro_batches(rows: Rows, config: Config) -> list[MicroBatch]:
     everything = np.arange(len(rows.advantages))
     return micro_batches(
         rows, everything,
-        micro_batch_size=config.micro_batch_size, max_model_len=config.max_model_len,
+        micro_batch_size=config.micro_batch_size,
+        max_prompt_tokens=config.max_prompt_tokens, max_tokens=config.max_tokens,
     )  # fmt: skip
 
 

@@ -132,7 +132,8 @@ class Learner:
                 rows,
                 index[with_signal(pull[index])],
                 micro_batch_size=c.micro_batch_size,
-                max_model_len=c.max_model_len,
+                max_prompt_tokens=c.max_prompt_tokens,
+                max_tokens=c.max_tokens,
             )
             parts.append(Part(batches, loss_denominator(self.loss, mask[index])))
         return parts

@@ -5,7 +5,6 @@ study uses neither, and both would make the policy that is trained differ from t
 """
 
 import math
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -33,34 +32,35 @@ class LoRADense(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         if self.lora_A is not None and self.lora_B is not None:
-            a, b = self.lora_A[...].astype(x.dtype), self.lora_B[...].astype(x.dtype)
-            y = adapted(self.scale, x, self.kernel[...], a, b)
+            a, b = self.lora_A[...], self.lora_B[...] * self.scale
+            y = adapted(x, self.kernel[...], a.astype(x.dtype), b.astype(x.dtype))
         else:
             y = x @ self.kernel[...]
         return y if self.bias is None else y + self.bias[...]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def adapted(scale: float, x: jax.Array, w: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-    """x W + scale (x A) B, with a gradient that XLA does not fuse to death.
+@jax.custom_vjp
+def adapted(x: jax.Array, w: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    """x W + (x A) B, with a gradient that XLA does not fuse to death.
 
     Left to itself XLA (CPU, jaxlib 0.10) merges the products with A and B into the elementwise
     code around them, transposed, and reads the activations column by column.
     """
-    return x @ w + (x @ a) @ b * scale
+    return x @ w + (x @ a) @ b
 
 
-def _adapted_forward(scale, x, w, a, b):
-    return adapted(scale, x, w, a, b), (x, w, a, b)
+def _adapted_forward(x, w, a, b):
+    return adapted(x, w, a, b), (x, w, a, b)
 
 
-def _adapted_backward(scale, saved, dy):
+def _adapted_backward(saved, dy):
     (x, w, a, b), shape = saved, saved[0].shape
     x, dy = jax.lax.optimization_barrier((x, dy))
-    dx = dy @ w.T + (dy @ b.T) @ a.T * scale
     x, dy = x.reshape(-1, shape[-1]), dy.reshape(-1, dy.shape[-1])
-    da = ((dy @ b.T).T @ x).T * scale
-    db = (x @ a).T @ dy * scale
+    dh = dy @ b.T
+    dx = (dy @ w.T + dh @ a.T).reshape(shape)
+    da = (dh.T @ x).T
+    db = (x @ a).T @ dy
     return dx, x.T @ dy, da, db  # the kernel's is dropped where only the adapter is trained
 
 

@@ -69,7 +69,11 @@ def largest_micro_batch(config: Config, prompt_lengths: Sequence[int]) -> MicroB
     rows = Rows(prompts, completions, logprobs, np.ones(len(prompts), np.float32))
     index = np.arange(len(prompts) // c.updates_per_epoch)
     return micro_batches(
-        rows, index, micro_batch_size=c.micro_batch_size, max_model_len=c.max_model_len
+        rows,
+        index,
+        micro_batch_size=c.micro_batch_size,
+        max_prompt_tokens=c.max_prompt_tokens,
+        max_tokens=c.max_tokens,
     )[0]
 
 

@@ -333,8 +333,8 @@ def _logprobs(policy, adapter, prompts, completions, temperature) -> np.ndarray:
     rows = Rows(prompts, completions, blank, np.zeros(len(prompts), np.float32))
     values = []
     for i in range(len(prompts)):
-        length = len(prompts[i]) + len(completions[i])
-        (batch,) = micro_batches(rows, np.array([i]), micro_batch_size=1, max_model_len=length)
+        limits = {"max_prompt_tokens": len(prompts[i]), "max_tokens": len(completions[i])}
+        (batch,) = micro_batches(rows, np.array([i]), micro_batch_size=1, **limits)
         logprobs = _jitted_logprobs(policy.graph, adapter, policy.base, batch, temperature)
         values.append(np.asarray(logprobs)[batch.mask > 0])
     return np.concatenate(values)

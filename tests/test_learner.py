@@ -103,7 +103,8 @@ class AllOnes:
 
 
 def batches(rows=ROWS, index=range(8)):
-    return micro_batches(rows, np.array(index), micro_batch_size=24, max_model_len=16)
+    limits = {"max_prompt_tokens": 8, "max_tokens": 8}
+    return micro_batches(rows, np.array(index), micro_batch_size=24, **limits)
 
 
 def rows_in(part) -> list[int]:

@@ -54,10 +54,8 @@ def relative_error(got: dict, expected: dict) -> float:
     return max(norm(got[k] - expected[k]) / norm(expected[k]) for k in expected)
 
 
-def batches_of(rows, index, micro_batch_size, max_model_len=16):
-    return micro_batches(
-        rows, index, micro_batch_size=micro_batch_size, max_model_len=max_model_len
-    )
+def batches_of(rows, index, size):
+    return micro_batches(rows, index, micro_batch_size=size, max_prompt_tokens=8, max_tokens=8)
 
 
 @cache
