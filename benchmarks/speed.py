@@ -100,13 +100,10 @@ class Args:
     """jgrpo's; None: the config's."""
     compilation_cache: Path | None = None
     """jgrpo's; None: a new one, so that its first turn and its peak memory include compilation."""
-    peers: tuple[Literal["torch", "trl", "trl-defaults", "tunix", "tunix-defaults"], ...] = (
-        "torch",
-    )
+    peers: tuple[Literal["torch", "trl", "trl-defaults", "tunix"], ...] = ("torch",)
     """torch: the study's loop (torch_baseline.py). trl: TRL's GRPOTrainer, pip install trl==1.16.0;
     trl-defaults: with its own micro-batch of 8 and gradient checkpointing. tunix: Tunix's
-    rl.Trainer, pip install google-tunix==0.1.7, for --shape 135m; tunix-defaults: with its own
-    micro-batch, all completions of an update."""
+    rl.Trainer, pip install google-tunix==0.1.7; for --shape 135m."""
     torch_micro_batch_size: int = 2
     """The peers'; 2 is the study's, and the fastest for both on a CPU."""
     torch_environments: tuple[str, ...] = tuple(TORCH_ENVIRONMENTS)
@@ -271,12 +268,6 @@ def open_tunix(
     return lambda: tunix.learn(lines), resident_bytes
 
 
-def open_tunix_defaults(
-    config: Config, folder: Path, lines: list[dict], _: int
-) -> tuple[Learn, Memory]:
-    return open_tunix(config, folder, lines, len(lines))
-
-
 def torch_memory(model: Any) -> Memory:
     import torch
 
@@ -310,7 +301,6 @@ def work(side: str, folder: Path, torch_micro_batch_size: int) -> None:
     opened = {
         "jgrpo": open_jgrpo, "torch": open_torch, "trl": open_trl,
         "trl-defaults": open_trl_defaults, "tunix": open_tunix,
-        "tunix-defaults": open_tunix_defaults,
     }[side]  # fmt: skip
     learn, memory = opened(config, folder, lines, torch_micro_batch_size)
     forget_peak()
