@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jgrpo.batch import Rows, bucket, completion_mask, micro_batches, with_signal
+from jgrpo.batch import Rows, bucket, completion_mask, micro_batches, width, with_signal
 
 
 def make_rows(groups: list[tuple[int, list[int]]]) -> Rows:
@@ -41,6 +41,12 @@ def test_buckets_by_hand():
 @given(st.integers(16, 10**6))
 def test_a_bucket_holds_its_rows_and_wastes_less_than_a_third(n):
     assert n <= bucket(n) < 1.5 * n
+
+
+def test_widths_by_hand():
+    """The limit's bucket is 128; what is longer than the limit has a bucket of its own."""
+    lengths = 128, 100, 65, 64, 33, 17, 200
+    assert [width(n, 100) for n in lengths] == [128, 128, 128, 64, 64, 32, 256]
 
 
 def test_a_micro_batch_by_hand():
