@@ -92,15 +92,15 @@ def realistic_rows(seed: int) -> Rows:
     return make_rows([(int(rng.integers(50, 200)), group) for group in lengths])
 
 
-@pytest.mark.parametrize("micro_batch_size", [4, 8, 16])
-def test_realistic_rollouts_are_packed_with_little_waste(micro_batch_size):
+@pytest.mark.parametrize(("micro_batch_size", "slots"), [(4, 1.6), (8, 1.62), (16, 1.6)])
+def test_realistic_rollouts_are_packed_with_little_waste(micro_batch_size, slots):
     """One row for each completion would compute 2.5 times their tokens, and the prompts eight
     times."""
     rows = realistic_rows(0)
     batches = cut(rows, np.arange(256), micro_batch_size, (256, 1024))
     useful = sum(map(len, rows.completions)) + sum(map(len, rows.prompts[::8]))
     assert sum(b.n_tokens for b in batches) < 1.15 * useful
-    assert sum(b.prompts.size + b.rows.size for b in batches) < 1.65 * useful
+    assert sum(b.prompts.size + b.rows.size for b in batches) < slots * useful
     assert len({b.rows.shape for b in batches}) == 1
 
 
@@ -125,7 +125,7 @@ def test_every_indexed_completion_once_and_exactly(groups, micro_batch_size, dat
     batches = cut(rows, index, micro_batch_size, (40, 60))
     seen, n_trained = [], 0
     for batch in batches:
-        width, flat = batch.rows.shape[1], batch.rows.reshape(-1)
+        row_width, flat = batch.rows.shape[1], batch.rows.reshape(-1)
         used = np.zeros(flat.shape, bool)
         for start, mask, logprobs, advantage in zip(
             batch.starts, batch.mask, batch.sampler_logprobs, batch.advantages, strict=True
@@ -137,11 +137,11 @@ def test_every_indexed_completion_once_and_exactly(groups, micro_batch_size, dat
             i = int(advantage) - 1
             seen.append(i)
             n = len(rows.completions[i])
-            assert mask.tolist() == [1] * n + [0] * (width - n)
+            assert mask.tolist() == [1] * n + [0] * (row_width - n)
             assert flat[start : start + n].tolist() == rows.completions[i]
             assert logprobs[:n].tolist() == rows.sampler_logprobs[i]
             if n:
-                row, column = divmod(int(start), width)
+                row, column = divmod(int(start), row_width)
                 segment = batch.segments[row]
                 assert np.flatnonzero(segment == segment[column]).tolist() == list(
                     range(column, column + n)
@@ -165,7 +165,7 @@ def test_every_indexed_completion_once_and_exactly(groups, micro_batch_size, dat
     assert sorted(seen) == index.tolist()
     assert n_trained == sum(len(rows.completions[i]) for i in index)
 
-    one_row = batches[0].prompts.shape[1] + width
+    one_row = batches[0].prompts.shape[1] + row_width
     assert batches[0].n_tokens <= max(micro_batch_size * bucket(40 + 60), one_row)
     assert len({tuple(x.shape for x in b) for b in batches}) == 1
 
