@@ -94,16 +94,20 @@ class Args:
     """Timed turns of each, after the first."""
     n_prompts: int = 0
     """Prompts of the rollout; 0: the shape's."""
+    group_size: int = 0
+    """Completions of a prompt; 0: the shape's."""
     micro_batch_size: int = 0
     """jgrpo's; 0: the config's."""
     gradient_checkpointing: bool | None = None
     """jgrpo's; None: the config's."""
     compilation_cache: Path | None = None
     """jgrpo's; None: a new one, so that its first turn and its peak memory include compilation."""
-    peers: tuple[Literal["torch", "trl", "trl-defaults", "tunix"], ...] = ("torch",)
-    """torch: the study's loop (torch_baseline.py). trl: TRL's GRPOTrainer, pip install trl==1.16.0;
+    peers: tuple[Literal["torch", "trl", "trl-defaults", "tunix", "tunix-defaults"], ...] = (
+        "torch",
+    )
+    """torch: the study's loop (torch_baseline.py). trl: TRL's GRPOTrainer, version 1.16.0;
     trl-defaults: with its own micro-batch of 8 and gradient checkpointing. tunix: Tunix's
-    rl.Trainer, pip install google-tunix==0.1.7; for --shape 135m."""
+    rl.Trainer, version 0.1.7, for --shape 135m; tunix-defaults: the whole rollout at once."""
     torch_micro_batch_size: int = 2
     """The peers'; 2 is the study's, and the fastest for both on a CPU."""
     torch_environments: tuple[str, ...] = tuple(TORCH_ENVIRONMENTS)
@@ -126,7 +130,7 @@ def config_of(args: Args, shape: Shape, model: Path) -> Config:
         "max_prompt_tokens": shape.prompt_tokens,
         "max_tokens": shape.completion_tokens,
         "n_prompts_per_step": args.n_prompts or shape.n_prompts,
-        "group_size": shape.group_size,
+        "group_size": args.group_size or shape.group_size,
     }
     if args.micro_batch_size:
         changes["micro_batch_size"] = args.micro_batch_size
@@ -268,6 +272,12 @@ def open_tunix(
     return lambda: tunix.learn(lines), resident_bytes
 
 
+def open_tunix_defaults(
+    config: Config, folder: Path, lines: list[dict], _: int
+) -> tuple[Learn, Memory]:
+    return open_tunix(config, folder, lines, micro_batch_size=len(lines))
+
+
 def torch_memory(model: Any) -> Memory:
     import torch
 
@@ -301,6 +311,7 @@ def work(side: str, folder: Path, torch_micro_batch_size: int) -> None:
     opened = {
         "jgrpo": open_jgrpo, "torch": open_torch, "trl": open_trl,
         "trl-defaults": open_trl_defaults, "tunix": open_tunix,
+        "tunix-defaults": open_tunix_defaults,
     }[side]  # fmt: skip
     learn, memory = opened(config, folder, lines, torch_micro_batch_size)
     forget_peak()
