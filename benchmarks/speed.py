@@ -69,18 +69,15 @@ SHAPES = {
     "1.7b": Shape(256, 1024, 32, 8, QWEN3_1_7B, "bfloat16", needs_gpu=True),
 }
 PASSIVE = {"OMP_WAIT_POLICY": "passive"}
-ONE_HEAP = {"GLIBC_TUNABLES": KEEP_FREED_MEMORY}
-KEPT = {"GLIBC_TUNABLES": KEEP_FREED_MEMORY.replace("glibc.malloc.arena_max=1:", "")}
+KEPT = {"GLIBC_TUNABLES": KEEP_FREED_MEMORY}
 TORCH_ENVIRONMENTS = {
     "as it comes": {},
     "passive": PASSIVE,
     "passive, memory kept": PASSIVE | KEPT,
-    "passive, one heap": PASSIVE | ONE_HEAP,
     "one thread": {"OMP_NUM_THREADS": "1"},
 }
 """OpenMP's threads spin while they wait for each other, which costs a factor where other processes
-want the cores too. One heap is the allocator's setting that jgrpo starts itself with; in it Tunix
-takes twice the memory."""
+want the cores too; the allocator's setting is the one that jgrpo starts itself with."""
 
 
 @dataclass
@@ -384,7 +381,7 @@ def environments(args: Args, has_gpu: bool, folder: Path) -> dict[str, dict[str,
         return {"jgrpo": ours} | {peer: {} for peer in args.peers}
     kinds = args.torch_environments
     theirs = {f"{peer}, {kind}": TORCH_ENVIRONMENTS[kind] for peer in args.peers for kind in kinds}
-    return {"jgrpo": ONE_HEAP | ours, **theirs}
+    return {"jgrpo": KEPT | ours, **theirs}
 
 
 def take_turns(sides: list[Side], repeats: int) -> None:

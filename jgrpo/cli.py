@@ -21,16 +21,10 @@ from jgrpo.rundir import read_config
 
 STUDY_FLAGS = {"--no_std_norm": "--no_use_std_norm"}
 """Flags of the PyTorch study that are named otherwise here."""
-KEEP_FREED_MEMORY = ":".join(
-    f"glibc.malloc.{setting}"
-    for setting in (
-        "hugetlb=1",
-        "arena_max=1",  # other threads' heaps are small, and what they need beyond is mapped anew
-        f"mmap_threshold={2**34}",
-        f"trim_threshold={2**34}",
-    )
+KEEP_FREED_MEMORY = (
+    "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=17179869184:"
+    "glibc.malloc.trim_threshold=17179869184"
 )
-"""For GLIBC_TUNABLES: huge pages, one heap for all threads, and nothing goes back to the system."""
 CHANGEABLE_ON_RESUME = {
     "n_grpo_steps", "vllm_url", "vllm_timeout_s", "micro_batch_size", "gradient_checkpointing",
     "eval_every", "checkpoint_every", "save_total_limit", "checkpoint_keep_period",

@@ -109,7 +109,7 @@ class Update:
 
     def logprobs(self, adapter, base, batches: Sequence[MicroBatch]) -> list[jax.Array]:
         """A forward pass alone: the policy's logprobs of each micro-batch."""
-        return [_alone(self._forward(adapter, base, batch)) for batch in batches]
+        return [self._forward(adapter, base, batch) for batch in batches]
 
     def gradient(self, adapter, base, batches, denominator) -> Tree:
         """The gradient alone, as the optimizer would see it before clipping."""
@@ -134,7 +134,7 @@ class Update:
         nothing = [None] * len(batches)
         for batch, o, r in zip(batches, old or nothing, ref or nothing, strict=True):
             total, new = self._accumulate(total, adapter, base, batch, o, r)
-            logprobs.append(_alone(new))
+            logprobs.append(new)
         return total, logprobs
 
     def _token_logprobs(self, adapter, base, batch) -> tuple[jax.Array, jax.Array]:
@@ -186,12 +186,6 @@ class Update:
         }
         metrics |= {f"train/{name}": x for name, x in per_token.items() if name not in OUR_SUMS}
         return *jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old), metrics
-
-
-def _alone(result: jax.Array) -> jax.Array:
-    """Wait for it, on the CPU: JAX would give the next execution its memory before it takes back
-    this one's."""
-    return result.block_until_ready() if jax.default_backend() == "cpu" else result
 
 
 def loss_denominator(loss: Loss, mask: np.ndarray) -> float:
