@@ -24,7 +24,11 @@ mask it is given the arrays ref_logprobs (if there are any), sampler_logprobs an
 Schedule = Callable[[int], float]
 Tree = Any
 Arrays = Sequence[jax.Array]
-"""float32 [B, T], one a micro-batch."""
+"""float32 [STACK, N, U], one a stack of micro-batches: what `Update` gave for the same ones."""
+
+STACK = 16
+"""How many micro-batches one program goes through. XLA's CPU client maps a program's memory anew at
+each execution, and new pages cost time: up to a tenth of a micro-batch's."""
 
 
 class Sums(NamedTuple):
@@ -83,8 +87,8 @@ class Update:
             "entropy_gradient": entropy_gradient,
             "attn_implementation": attn_implementation,
         }
-        self._accumulate = jax.jit(self._micro_step, donate_argnums=0)
-        self._forward = jax.jit(lambda *args: self._token_logprobs(*args)[0])
+        self._accumulate = jax.jit(self._through_stack, donate_argnums=0)
+        self._forward = jax.jit(self._logprobs_of_stack)
         self._apply = jax.jit(self._optimizer_step, donate_argnums=(0, 1))
 
     def __call__(
@@ -96,7 +100,7 @@ class Update:
         denominator: float,
         old_logprobs: Arrays | None = None,
         ref_logprobs: Arrays | None = None,
-    ) -> tuple[Tree, Tree, dict[str, jax.Array], list[jax.Array]]:
+    ) -> tuple[Tree, Tree, dict[str, jax.Array], Arrays]:
         """One optimizer update -> adapter, opt_state, metrics (on the device), logprobs. Where the
         loss or its gradient is not finite nothing is changed, and train/skipped_updates is 1.
 
@@ -107,9 +111,9 @@ class Update:
         total, logprobs = self._sum(adapter, base, batches, old_logprobs, ref_logprobs)
         return *self._apply(adapter, opt_state, total, denominator), logprobs
 
-    def logprobs(self, adapter, base, batches: Sequence[MicroBatch]) -> list[jax.Array]:
-        """A forward pass alone: the policy's logprobs of each micro-batch."""
-        return [self._forward(adapter, base, batch) for batch in batches]
+    def logprobs(self, adapter, base, batches: Sequence[MicroBatch]) -> Arrays:
+        """A forward pass alone: the policy's logprobs."""
+        return [self._forward(adapter, base, stack, n) for stack, n in _stacked(batches)]
 
     def gradient(self, adapter, base, batches, denominator) -> Tree:
         """The gradient alone, as the optimizer would see it before clipping."""
@@ -117,9 +121,10 @@ class Update:
         return jax.tree.map(lambda g: g / denominator, total.gradient)
 
     def compiled(self, adapter, base, batch: MicroBatch) -> jax.stages.Compiled:
-        """The program of one micro-batch (first update of a rollout), of shapes alone."""
+        """The program of a shape of micro-batch (first update of a rollout), of shapes alone."""
         total = jax.eval_shape(self._zeros, adapter)
-        return self._accumulate.lower(total, adapter, base, batch, None, None).compile()
+        (stacked,) = _stacked([batch])
+        return self._accumulate.lower(total, adapter, base, *stacked, None, None).compile()
 
     @property
     def n_compilations(self) -> int:
@@ -129,13 +134,29 @@ class Update:
         programs = (self._accumulate, self._forward, self._apply)
         return sum(f._cache_size() for f in programs)  # type: ignore[attr-defined]
 
-    def _sum(self, adapter, base, batches, old, ref) -> tuple[Sums, list[jax.Array]]:
-        total, logprobs = self._zeros(adapter), []
-        nothing = [None] * len(batches)
-        for batch, o, r in zip(batches, old or nothing, ref or nothing, strict=True):
-            total, new = self._accumulate(total, adapter, base, batch, o, r)
+    def _sum(self, adapter, base, batches, old, ref) -> tuple[Sums, Arrays]:
+        total, logprobs, stacks = self._zeros(adapter), [], _stacked(batches)
+        nothing = [None] * len(stacks)
+        for stacked, o, r in zip(stacks, old or nothing, ref or nothing, strict=True):
+            total, new = self._accumulate(total, adapter, base, *stacked, o, r)
             logprobs.append(new)
         return total, logprobs
+
+    def _through_stack(self, total: Sums, adapter, base, stack: MicroBatch, n, old, ref):
+        def step(i, sums):
+            total, logprobs = sums
+            batch, o, r = jax.tree.map(lambda x: x[i], (stack, old, ref))
+            total, new = self._micro_step(total, adapter, base, batch, o, r)
+            return total, logprobs.at[i].set(new)
+
+        return jax.lax.fori_loop(0, n, step, (total, jnp.zeros(stack.mask.shape)))
+
+    def _logprobs_of_stack(self, adapter, base, stack: MicroBatch, n):
+        def step(i, logprobs):
+            batch = jax.tree.map(lambda x: x[i], stack)
+            return logprobs.at[i].set(self._token_logprobs(adapter, base, batch)[0])
+
+        return jax.lax.fori_loop(0, n, step, jnp.zeros(stack.mask.shape))
 
     def _token_logprobs(self, adapter, base, batch) -> tuple[jax.Array, jax.Array]:
         model = nnx.merge(self.graph, adapter, base)
@@ -186,6 +207,15 @@ class Update:
         }
         metrics |= {f"train/{name}": x for name, x in per_token.items() if name not in OUR_SUMS}
         return *jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old), metrics
+
+
+def _stacked(batches: Sequence[MicroBatch]) -> list[tuple[MicroBatch, int]]:
+    """Micro-batches of one shape as stacks with a leading axis of STACK, and how many of each
+    count: the last one is filled up."""
+    parts = [batches[start : start + STACK] for start in range(0, len(batches), STACK)]
+    filled = [[*part, *[part[-1]] * (STACK - len(part))] for part in parts]
+    stacks = [jax.tree.map(lambda *x: np.stack(x), *part) for part in filled]
+    return list(zip(stacks, map(len, parts), strict=True))
 
 
 def loss_denominator(loss: Loss, mask: np.ndarray) -> float:

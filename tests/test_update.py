@@ -196,8 +196,9 @@ def test_company_changes_nothing(pair, rows):
     assert batch.segments.max() > 1
     alone = [batches_of(rows, np.array([i]), 1)[0] for i in range(5)]
     assert all(b.segments.max() == 1 for b in alone)
-    in_one = our_gradient(parts, [batch], 5)
-    assert relative_error(our_gradient(parts, alone, 5), in_one) < ROUNDING
+    apart = [our_gradient(parts, [b], 5) for b in alone]
+    summed = {name: sum(g[name] for g in apart) for name in apart[0]}
+    assert relative_error(summed, our_gradient(parts, [batch], 5)) < ROUNDING
 
 
 @pytest.mark.parametrize("token_level", [False, True])
@@ -231,7 +232,7 @@ def test_sampler_metrics_by_hand(pair, rows):
     # The sampler reports the trainer's own logprobs, but for one token, where it says 0.3 more.
     batch = in_one_batch(rows)
     _, _, _, (ours,) = _update_once(pair(1)[0], batch)
-    reported = np.array(ours)
+    reported = np.array(ours[0])
     n, t = np.argwhere(batch.mask)[4]
     reported[n, t] += 0.3
     reported[batch.mask == 0] = 7  # outside of the mask nothing is compared
@@ -253,11 +254,30 @@ def test_a_second_update_takes_the_first_ones_logprobs_as_old(pair, rows):
     adapter, state, first, old = update(adapter, state, base, [batch], 5.0)
     adapter, state, second, new = update(adapter, state, base, [batch], 5.0, old)
     assert (first["train/clip_fraction"], first["train/approx_kl"]) == (0, 0)
-    d = (np.asarray(new[0], float) - np.asarray(old[0], float))[batch.mask > 0]
+    d = (np.asarray(new[0][0], float) - np.asarray(old[0][0], float))[batch.mask > 0]
     clipped = np.abs(np.exp(d) - 1) > 0.01
     assert clipped.any()
     assert float(second["train/clip_fraction"]) == pytest.approx(clipped.mean())
     assert float(second["train/approx_kl"]) == pytest.approx((np.expm1(d) - d).mean(), rel=1e-3)
+
+
+def test_more_micro_batches_than_one_program_goes_through(pair, rows):
+    """2 x 16 + 4 of them: the gradient is the sum of all, and each has its own logprobs."""
+    update, adapter, state, base = start(pair(1)[0], clip_eps=0.01, beta=0.1)
+    few = batches_of(rows, np.arange(5), 1)
+    assert len(few) == 3
+    many = few * 12
+    once, often = (adapter_arrays(update.gradient(adapter, base, b, 1.0)) for b in (few, many))
+    assert relative_error(often, {name: 12 * g for name, g in once.items()}) < ROUNDING
+    old = update.logprobs(adapter, base, many)
+    flat = np.concatenate(old)
+    for i, batch in enumerate(many):
+        np.testing.assert_allclose(flat[i], update.logprobs(adapter, base, [batch])[0][0])
+    assert not flat[len(many) :].any()
+    _, _, metrics, new = update(adapter, state, base, many, 1.0, old)
+    assert (metrics["train/clip_fraction"], metrics["tokens/trained"]) == (0, 12 * 18)
+    assert metrics["train/approx_kl"] < 1e-9
+    np.testing.assert_allclose(np.concatenate(new), flat, atol=1e-5)
 
 
 def test_a_second_step_compiles_nothing(pair, rows):
