@@ -10,6 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jgrpo.remat import keep
+
 MASKED = -1e30  # finite: a row that sees nothing must not become NaN
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
@@ -60,6 +62,7 @@ def _softmax_attention_forward(q, k, v, mask):
     weights = weights.astype(v.dtype)
     out = jnp.einsum("nkgts,nksc->nkgtc", weights, v, preferred_element_type=jnp.float32)
     out = (out * inverse[..., None]).astype(v.dtype)
+    weights, inverse, out = map(keep, (weights, inverse, out))
     return out, (q, k, v, weights, inverse, out)
 
 

@@ -11,7 +11,6 @@ Left out on purpose: dropout, sliding windows, mixture of experts, rope types bu
 
 import math
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -21,6 +20,7 @@ from flax import nnx
 from jgrpo.attention import Attend, full_attention
 from jgrpo.errors import InputError
 from jgrpo.lora import LoRADense
+from jgrpo.remat import is_kept, keep
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ class Attention(nnx.Module):
 
     def __call__(self, x, rope, attend: Attend, cache):
         q, k, v = (
-            project(x).reshape(*x.shape[:2], -1, self.head_width)
+            keep(project(x)).reshape(*x.shape[:2], -1, self.head_width)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         if self.q_norm is not None and self.k_norm is not None:
@@ -191,12 +191,8 @@ class MLP(nnx.Module):
         self.down_proj = parts.dense("down_proj", c.ff_width, c.width)
 
     def __call__(self, x):
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
-
-
-@partial(jax.checkpoint, prevent_cse=False)  # cheaper to compute twice than to keep
-def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
-    return jax.nn.silu(gate) * up
+        gate, up = keep(self.gate_proj(x)), keep(self.up_proj(x))
+        return self.down_proj(jax.nn.silu(gate) * up)
 
 
 class DecoderLayer(nnx.Module):
@@ -210,7 +206,7 @@ class DecoderLayer(nnx.Module):
 
     def __call__(self, x, rope, attend: Attend, cache):
         out, kept = self.self_attn(self.input_layernorm(x), rope, attend, cache)
-        x = x + out
+        x = keep(x + out)
         return x + self.mlp(self.post_attention_layernorm(x)), kept
 
 
@@ -237,7 +233,7 @@ class Body(nnx.Module):
     def __call__(self, ids, positions, attend: Attend, cache=None, *, checkpoint=False):
         """ids, positions [N, T] -> final hidden states [N, T, D] and what `attend` kept [L, ...].
 
-        `checkpoint` recomputes each layer in the backward pass.
+        A layer keeps what is marked for its backward pass, with `checkpoint` its input alone.
         """
         rope = rotary_angles(self.config, positions)
         graph, stacked = nnx.split(self.layers)
@@ -246,8 +242,7 @@ class Body(nnx.Module):
             weights, cache = sliced
             return nnx.merge(graph, weights)(x, rope, attend, cache)
 
-        if checkpoint:
-            layer = jax.checkpoint(layer, prevent_cse=False)
+        layer = jax.checkpoint(layer, prevent_cse=False, policy=None if checkpoint else is_kept)
         x = self.embed_tokens.embedding[...][ids]
         x, kept = jax.lax.scan(layer, x, (stacked, cache))
         return self.norm(x), kept

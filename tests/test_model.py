@@ -12,9 +12,11 @@ import pytest
 import torch
 from conftest import hf_config, random_ids, torch_logits, torch_model, write_checkpoint
 from flax import nnx
+from jax._src.cudnn import fused_attention_stablehlo  # traced without a GPU
 from transformers import AutoTokenizer, GPT2Config, MistralConfig
 
 import jgrpo
+from jgrpo.attention import attention, causal_mask, full_attention
 from jgrpo.config import PROJECTIONS
 from jgrpo.errors import InputError
 from jgrpo.lora import split
@@ -176,17 +178,65 @@ def test_28_layers_are_as_small_a_program_as_2(checkpointed):
     assert len(program(28)) < 1.02 * len(program(2))
 
 
-def test_a_layer_keeps_three_arrays_of_feed_forward_width_and_its_scores_once():
+def abstract_parts(config, **options):
+    make = lambda: Decoder(config, rngs=nnx.Rngs(0), rank=1, target_modules=PROJECTIONS, **options)  # noqa: E731
+    return split(nnx.eval_shape(make))
+
+
+def test_a_layer_keeps_what_matmuls_gave_and_its_weights_once():
     config = ModelConfig.from_hf(hf_config("qwen3-tied", intermediate_size=77))
-    make = lambda: Decoder(config, rngs=nnx.Rngs(0), rank=1, target_modules=PROJECTIONS)  # noqa: E731
-    graph, adapter, base = split(nnx.eval_shape(make))
-    ids = jax.ShapeDtypeStruct((3, 23), jnp.int32)
+    graph, adapter, base = abstract_parts(config)
+    ids = jax.ShapeDtypeStruct((5, 23), jnp.int32)
     call = lambda adapter, base, ids: nnx.merge(graph, adapter, base)(ids)  # noqa: E731
     keep = lambda *args: jax.vjp(lambda adapter: call(adapter, *args[1:]), args[0])[1]  # noqa: E731
     kept = [x.shape for x in jax.tree.leaves(jax.eval_shape(keep, adapter, base, ids))]
     of_a_layer = [s[1:] for s in kept if s[0] == config.n_layers]
-    assert sum(s[-1] == 77 and 23 in s for s in of_a_layer) == 3  # gate, up, and their product
-    assert sum(s[-2:] == (23, 23) for s in of_a_layer) == 1
+    heads, kv, width = config.n_heads, config.n_kv_heads, config.head_width
+    assert sorted(s for s in of_a_layer if 23 in s) == sorted([
+        (5, 23, config.width), (5, 23, config.width),  # what attention and the MLP are added to
+        (5, 23, heads * width), (5, 23, kv * width), (5, 23, kv * width),
+        (5, kv, heads // kv, 23, 23),
+        (5, kv, heads // kv, 23),
+        (5, kv, heads // kv, 23, width),
+        (5, 23, 77), (5, 23, 77),
+    ])  # fmt: skip
+
+
+def gradient_of_hidden(config, attend, checkpoint=False, **options):
+    """The gradient's function of an adapter, and shapes to trace it with."""
+    graph, *states = abstract_parts(config, **options)
+
+    def loss(adapter, base, ids):
+        model = nnx.merge(graph, adapter, base)
+        hidden, _ = model.model(ids, ids, attend, checkpoint=checkpoint)
+        return hidden.astype(jnp.float32).sum()
+
+    return jax.grad(loss), (*states, jax.ShapeDtypeStruct((2, 64), jnp.int32))
+
+
+def test_what_is_computed_again_is_no_matmul(monkeypatch):
+    config, attend = ModelConfig.from_hf(hf_config("qwen3-tied")), full_attention(jnp.ones((2, 64)))
+
+    def n_matmuls(checkpoint=False) -> int:
+        gradient, shapes = gradient_of_hidden(config, attend, checkpoint)
+        text = jax.jit(gradient).lower(*shapes).compile().as_text()
+        return text.count(" dot(")
+
+    ours, all_again = n_matmuls(), n_matmuls(checkpoint=True)
+    monkeypatch.setattr(jax, "checkpoint", lambda layer, **_: layer)
+    assert n_matmuls() == ours < all_again - 6
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_flash_attention_is_not_computed_again(monkeypatch, checkpoint):
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+    config = ModelConfig.from_hf(hf_config("qwen3-tied", head_dim=64))
+    mask = causal_mask(jnp.ones((2, 64)))
+    flash = lambda q, k, v, _: (attention(q, k, v, mask, "cudnn"), None)  # noqa: E731
+    gradient, shapes = gradient_of_hidden(config, flash, checkpoint, dtype=jnp.bfloat16)
+    program = str(jax.make_jaxpr(gradient)(*shapes))
+    assert program.count("dot_product_attention_bwd") == 1
+    assert program.count("dot_product_attention_fwd") == 1 + checkpoint
 
 
 def test_right_padding_changes_nothing(checkpoint):
