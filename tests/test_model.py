@@ -159,28 +159,32 @@ def test_n_params_counts_what_transformers_counts(checkpoint):
         assert count == torch_model(checkpoint(kind)).num_parameters()
 
 
+def abstract_parts(config, **options):
+    make = lambda: Decoder(config, rngs=nnx.Rngs(0), rank=1, target_modules=PROJECTIONS, **options)  # noqa: E731
+    return split(nnx.eval_shape(make))
+
+
+def gradient_of_hidden(config, attend, checkpoint=False, **options):
+    """The gradient's function of an adapter, and shapes to trace it with."""
+    graph, *states = abstract_parts(config, **options)
+
+    def loss(adapter, base, ids):
+        model = nnx.merge(graph, adapter, base)
+        hidden, _ = model.model(ids, ids, attend, checkpoint=checkpoint)
+        return hidden.astype(jnp.float32).sum()
+
+    return jax.grad(loss), (*states, jax.ShapeDtypeStruct((2, 64), jnp.int32))
+
+
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_28_layers_are_as_small_a_program_as_2(checkpointed):
     def program(n_layers: int) -> str:
         config = ModelConfig.from_hf(hf_config("qwen3-tied", num_hidden_layers=n_layers))
-        make = lambda: Decoder(config, rngs=nnx.Rngs(0), rank=1, target_modules=("q_proj",))  # noqa: E731
-        graph, adapter, base = split(nnx.eval_shape(make))
-
-        def loss(adapter, base, ids):
-            model = nnx.merge(graph, adapter, base)
-            attend = lambda q, k, v, _: (q * k.sum() * v.sum(), None)  # noqa: E731
-            hidden, _ = model.model(ids, ids, attend, checkpoint=checkpointed)
-            return hidden.sum()
-
-        ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-        return jax.jit(jax.grad(loss)).lower(adapter, base, ids).as_text()
+        attend = lambda q, k, v, _: (q * k.sum() * v.sum(), None)  # noqa: E731
+        gradient, shapes = gradient_of_hidden(config, attend, checkpointed)
+        return jax.jit(gradient).lower(*shapes).as_text()
 
     assert len(program(28)) < 1.02 * len(program(2))
-
-
-def abstract_parts(config, **options):
-    make = lambda: Decoder(config, rngs=nnx.Rngs(0), rank=1, target_modules=PROJECTIONS, **options)  # noqa: E731
-    return split(nnx.eval_shape(make))
 
 
 def test_a_layer_keeps_what_matmuls_gave_and_its_weights_once():
@@ -200,18 +204,6 @@ def test_a_layer_keeps_what_matmuls_gave_and_its_weights_once():
         (5, kv, heads // kv, 23, width),
         (5, 23, 77), (5, 23, 77),
     ])  # fmt: skip
-
-
-def gradient_of_hidden(config, attend, checkpoint=False, **options):
-    """The gradient's function of an adapter, and shapes to trace it with."""
-    graph, *states = abstract_parts(config, **options)
-
-    def loss(adapter, base, ids):
-        model = nnx.merge(graph, adapter, base)
-        hidden, _ = model.model(ids, ids, attend, checkpoint=checkpoint)
-        return hidden.astype(jnp.float32).sum()
-
-    return jax.grad(loss), (*states, jax.ShapeDtypeStruct((2, 64), jnp.int32))
 
 
 def test_what_is_computed_again_is_no_matmul(monkeypatch):
