@@ -4,19 +4,18 @@ Axes: N rows, T queries and S keys a row, H query heads, K key/value heads, G = 
 that share one, C head width. Grouped-query attention: Ainslie et al. 2023.
 """
 
-from collections.abc import Callable
-from typing import Any
-
 import jax
 import jax.numpy as jnp
+from jax.tree_util import Partial
 
 from jgrpo.remat import keep
 
 MASKED = -1e30  # finite: a row that sees nothing must not become NaN
 
-Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
+Attend = Partial
 """q [N, T, H, C], k and v [N, T, K, C], this layer's slice of the cache -> out [N, T, H, C], and
-what to keep of this layer (stacked along L by the scan)."""
+what to keep of this layer (stacked along L by the scan). With the arrays that it needs beside them
+(masks) it is a pytree, so that these are arguments of a layer and not kept for each."""
 
 
 def causal_mask(segments: jax.Array) -> jax.Array:
@@ -83,5 +82,4 @@ _softmax_attention.defvjp(_softmax_attention_forward, _softmax_attention_backwar
 
 def full_attention(segments: jax.Array) -> Attend:
     """Attention over the rows themselves, without a cache: what training uses."""
-    mask = causal_mask(segments)
-    return lambda q, k, v, _: (attention(q, k, v, mask), None)
+    return Partial(lambda mask, q, k, v, _: (attention(q, k, v, mask), None), causal_mask(segments))

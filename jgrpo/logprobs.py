@@ -11,13 +11,16 @@ slots, N completions.
 
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import Partial
 
 from jgrpo.attention import Attend, attention, causal_mask
 from jgrpo.batch import MicroBatch
 from jgrpo.model import Decoder, positions_in
+from jgrpo.tape import Tape
 
 HEAD_CHUNK_FLOATS = 2**24
 """Logits in memory at once (64 MiB in float32); the chunk's backward pass needs a few such."""
@@ -32,22 +35,54 @@ def token_logprobs(
     batch: MicroBatch,
     *,
     temperature: float = 1.0,
-    checkpoint: bool = False,
     entropy_gradient: bool = False,
-    attn_implementation: str = "xla",
+    **options: Any,
 ) -> tuple[jax.Array, jax.Array]:
     """logprobs and entropies of a micro-batch's completions, float32 [N, U], 0 where its mask is 0.
 
     logprobs[n, t] = log softmax(logits / temperature)[token t], the logits being those after token
     t - 1 (for the first, after the prompt), and entropies[n, t] is that distribution's entropy in
     nats (without a gradient, unless `entropy_gradient`). The gradient is that of the hidden states;
-    the head is frozen.
+    the head is frozen. `options` are those of `hidden_states`.
     """
-    tokens = _token_in_slot(batch)
-    attend = _shared_prompts(batch, tokens, attn_implementation)
-    before = _hidden_before(model, batch, tokens, attend, checkpoint)
+    hidden, _ = hidden_states(model, batch, None, **options)
+    return head_logprobs(
+        model, hidden, batch, temperature=temperature, entropy_gradient=entropy_gradient
+    )
+
+
+def hidden_states(
+    model: Decoder,
+    batch: MicroBatch,
+    tape: Tape | None,
+    *,
+    checkpoint: bool = False,
+    attn_implementation: str = "xla",
+) -> tuple[jax.Array, Tape | None]:
+    """The computed tokens' final hidden states [1, M, D], and the tape, written (`taped_scan`)."""
+    (p, s), lengths = batch.prompts.shape, jnp.asarray(batch.prompt_lengths)
+    ids = jnp.concatenate([batch.prompts.reshape(-1), batch.rows.reshape(-1)])
+    in_rows = lengths[batch.row_prompts][:, None] + positions_in(jnp.asarray(batch.segments))
+    positions = jnp.concatenate([jnp.tile(jnp.arange(s), p), in_rows.reshape(-1)])
+    ids, positions = (
+        x.at[batch.places].get(mode="fill", fill_value=0)[None] for x in (ids, positions)
+    )
+    attend = _shared_prompts(batch, attn_implementation)
+    return model.model(ids, positions, attend, checkpoint=checkpoint, tape=tape)
+
+
+def head_logprobs(
+    model: Decoder,
+    hidden: jax.Array,
+    batch: MicroBatch,
+    *,
+    temperature: float,
+    entropy_gradient: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """`token_logprobs` of the hidden states."""
     packed = _chunked(
-        _head(model, temperature), before, batch.rows.reshape(-1), batch.segments.reshape(-1) > 0,
+        _head(model, temperature), _hidden_before(hidden, batch),
+        batch.rows.reshape(-1), batch.segments.reshape(-1) > 0,
         chunk=_chunk_rows(model.config.vocab_size), entropy_gradient=entropy_gradient,
     )  # fmt: skip
     where = batch.starts[:, None] + jnp.arange(batch.mask.shape[1])
@@ -56,24 +91,14 @@ def token_logprobs(
     return logprobs, entropies
 
 
-def _hidden_before(
-    model: Decoder, batch: MicroBatch, tokens: jax.Array, attend: Attend, checkpoint: bool
-) -> jax.Array:
-    """Final hidden state of the token before each one of the rows [R U, D]."""
-    (p, s), (r, u) = batch.prompts.shape, batch.rows.shape
-    lengths = jnp.asarray(batch.prompt_lengths)
-    ids = jnp.concatenate([batch.prompts.reshape(-1), batch.rows.reshape(-1)])
-    in_rows = lengths[batch.row_prompts][:, None] + positions_in(jnp.asarray(batch.segments))
-    positions = jnp.concatenate([jnp.tile(jnp.arange(s), p), in_rows.reshape(-1)])
-    ids, positions = (
-        x.at[batch.places].get(mode="fill", fill_value=0)[None] for x in (ids, positions)
-    )
-    hidden, _ = model.model(ids, positions, attend, checkpoint=checkpoint)
-    of_prompts, of_rows = _in_slots(hidden, batch, tokens)
-    last = jnp.take_along_axis(of_prompts, (lengths - 1)[:, None, None], axis=1)
+def _hidden_before(hidden: jax.Array, batch: MicroBatch) -> jax.Array:
+    """Of the hidden states [1, M, D], that of the token before each one of the rows [R U, D]."""
+    of_prompts, of_rows = _in_slots(hidden, batch, _token_in_slot(batch))
+    at = jnp.asarray(batch.prompt_lengths)[:, None, None] - 1
+    last = jnp.take_along_axis(of_prompts, at, axis=1)
     first = jnp.diff(batch.segments, axis=1, prepend=0) != 0
     before = jnp.where(first[..., None], last[batch.row_prompts], jnp.roll(of_rows, 1, axis=1))
-    return before.reshape(r * u, -1)
+    return before.reshape(-1, hidden.shape[-1])
 
 
 def _token_in_slot(batch: MicroBatch) -> jax.Array:
@@ -113,7 +138,7 @@ _move.defvjp(  # the same way back; JAX's own gradient would add up row by row
 )
 
 
-def _shared_prompts(batch: MicroBatch, tokens: jax.Array, implementation: str) -> Attend:
+def _shared_prompts(batch: MicroBatch, implementation: str) -> Attend:
     """A prompt's tokens see each other, a completion's the prompt and each other; all causally."""
     (_, s), (r, u) = batch.prompts.shape, batch.rows.shape
     among_prompts = jnp.tril(jnp.ones((1, s, s), bool))  # padding comes last, and is not seen
@@ -124,7 +149,7 @@ def _shared_prompts(batch: MicroBatch, tokens: jax.Array, implementation: str) -
     n_blocks = min(max(1, u // LEAST_BLOCK), MOST_BLOCKS) if implementation == "xla" else 1
     blocks = [u * i // n_blocks for i in range(n_blocks + 1)]
 
-    def attend(q, k, v, _):
+    def attend(batch, tokens, among_prompts, among_rows, q, k, v, _):
         (q_prompts, q_rows), (k_prompts, k_rows), (v_prompts, v_rows) = (
             _in_slots(x, batch, tokens) for x in (q, k, v)
         )
@@ -144,7 +169,7 @@ def _shared_prompts(batch: MicroBatch, tokens: jax.Array, implementation: str) -
         of_rows = jnp.concatenate(of_blocks, axis=1)
         return _from_slots(of_prompts, of_rows, batch, tokens), None
 
-    return attend
+    return Partial(attend, batch, _token_in_slot(batch), among_prompts, among_rows)
 
 
 def _head(model, temperature):

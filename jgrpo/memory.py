@@ -84,10 +84,11 @@ def training_memory(config: Config, policy: Policy, prompt_lengths: Sequence[int
     learner = Learner(config, policy.graph, policy.adapter, policy.base)
     adapter, opt_state = learner.state
     stats: Any = learner.update.compiled(adapter, policy.base, batch).memory_analysis()
+    donated = stats.alias_size_in_bytes - _size(adapter)  # the tape; the gradient counts below
     return Memory(
         base=_size(policy.base),
         adapter=2 * _size(adapter) + _size(opt_state),
-        activations=stats.temp_size_in_bytes,
+        activations=donated + stats.temp_size_in_bytes,
         batch=batch,
     )
 

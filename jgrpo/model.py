@@ -11,6 +11,7 @@ Left out on purpose: dropout, sliding windows, mixture of experts, rope types bu
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,8 +20,9 @@ from flax import nnx
 
 from jgrpo.attention import Attend, full_attention
 from jgrpo.errors import InputError
-from jgrpo.lora import LoRADense
+from jgrpo.lora import LoRADense, split
 from jgrpo.remat import is_kept, keep
+from jgrpo.tape import Tape, taped_scan
 
 
 @dataclass(frozen=True)
@@ -230,21 +232,37 @@ class Body(nnx.Module):
         self.norm = parts.norm(config.width)
         self.config = config
 
-    def __call__(self, ids, positions, attend: Attend, cache=None, *, checkpoint=False):
+    def __call__(
+        self,
+        ids,
+        positions,
+        attend: Attend,
+        cache=None,
+        *,
+        checkpoint: bool = False,
+        tape: Tape | None = None,
+    ):
         """ids, positions [N, T] -> final hidden states [N, T, D] and what `attend` kept [L, ...].
 
-        A layer keeps what is marked for its backward pass, with `checkpoint` its input alone.
+        A layer keeps what is marked for its backward pass, with `checkpoint` its input alone. With
+        a `tape` (`taped_scan`) it does so there, `attend` keeps nothing, and the tape is returned.
         """
-        rope = rotary_angles(self.config, positions)
-        graph, stacked = nnx.split(self.layers)
+        shared = rotary_angles(self.config, positions), attend
+        graph, adapter, base = split(self.layers)
 
-        def layer(x, sliced):
-            weights, cache = sliced
-            return nnx.merge(graph, weights)(x, rope, attend, cache)
+        @partial(jax.checkpoint, prevent_cse=False, policy=None if checkpoint else is_kept)
+        def layer(x, adapter, base, shared, cache=None):
+            return nnx.merge(graph, adapter, base)(x, *shared, cache)
 
-        layer = jax.checkpoint(layer, prevent_cse=False, policy=None if checkpoint else is_kept)
+        def step(x, sliced):
+            adapter, base, cache = sliced
+            return layer(x, adapter, base, shared, cache)
+
         x = self.embed_tokens.embedding[...][ids]
-        x, kept = jax.lax.scan(layer, x, (stacked, cache))
+        if tape is None:
+            x, kept = jax.lax.scan(step, x, (adapter, base, cache))
+        else:
+            x, kept = taped_scan(lambda *given: layer(*given)[0], x, adapter, base, shared, tape)
         return self.norm(x), kept
 
 

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.tree_util import Partial
 
 from jgrpo import adapter as adapters
 from jgrpo.attention import MASKED, attention, causal_mask
@@ -177,7 +178,7 @@ def _prefill(graph, adapter, base, ids, lengths) -> tuple[jax.Array, Prefix]:
     model = nnx.merge(graph, adapter, base)
     positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
     mask = causal_mask((positions < lengths[:, None]).astype(jnp.int32))
-    attend = lambda q, k, v, _: (attention(q, k, v, mask), (k, v))  # noqa: E731
+    attend = Partial(lambda mask, q, k, v, _: (attention(q, k, v, mask), (k, v)), mask)
     hidden, (keys, values) = model.model(ids, positions, attend)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     return model.logits(last), Prefix(keys, values, lengths)
@@ -218,7 +219,7 @@ def _decode(graph, stops, adapter, base, prefix, keys, temperature, *, state, ca
     def step(s: Decoding) -> Decoding:
         previous = jax.lax.dynamic_index_in_dim(s.tokens, s.t - 1, axis=2, keepdims=False)
         positions = jnp.broadcast_to(prefix.lengths[:, None] + s.t - 1, previous.shape)
-        attend = partial(_attend_cached, prefix.lengths, s.t - 1)
+        attend = Partial(_attend_cached, prefix.lengths, s.t - 1)
         cache = (prefix.keys, prefix.values, s.keys, s.values)
         hidden, (k, v) = model.model(previous, positions, attend, cache)
         token, logprob = _pick(model.logits(hidden), keys, s.t, temperature, greedy)

@@ -15,8 +15,9 @@ import optax
 from flax import nnx
 
 from jgrpo.batch import MicroBatch
-from jgrpo.logprobs import token_logprobs
+from jgrpo.logprobs import head_logprobs, hidden_states, token_logprobs
 from jgrpo.losses import Terms, k3
+from jgrpo.tape import Tape
 
 Loss = Callable[..., Terms]
 """One of `losses.LOSSES` with its options bound. Besides logprobs, old_logprobs, advantages and
@@ -81,13 +82,17 @@ class Update:
         attn_implementation: str = "xla",
     ):
         self.graph, self.loss, self.optimizer = graph, loss, optimizer
-        self.options: dict[str, Any] = {
-            "temperature": temperature,
+        self.of_layers: dict[str, Any] = {
             "checkpoint": checkpoint,
-            "entropy_gradient": entropy_gradient,
             "attn_implementation": attn_implementation,
         }
-        self._accumulate = jax.jit(self._through_stack, donate_argnums=0)
+        self.of_head: dict[str, Any] = {
+            "temperature": temperature,
+            "entropy_gradient": entropy_gradient,
+        }
+        self._tape: Tape | None = None
+        self._new_tape = jax.jit(self._blank_tape)
+        self._accumulate = jax.jit(self._through_stack, donate_argnums=(0, 1))
         self._forward = jax.jit(self._logprobs_of_stack)
         self._apply = jax.jit(self._optimizer_step, donate_argnums=(0, 1))
 
@@ -124,7 +129,8 @@ class Update:
         """The program of a shape of micro-batch (first update of a rollout), of shapes alone."""
         total = jax.eval_shape(self._zeros, adapter)
         (stacked,) = _stacked([batch])
-        return self._accumulate.lower(total, adapter, base, *stacked, None, None).compile()
+        tape = self._new_tape.eval_shape(adapter, base, stacked[0])
+        return self._accumulate.lower(total, tape, adapter, base, *stacked, None, None).compile()
 
     @property
     def n_compilations(self) -> int:
@@ -138,29 +144,50 @@ class Update:
         total, logprobs, stacks = self._zeros(adapter), [], _stacked(batches)
         nothing = [None] * len(stacks)
         for stacked, o, r in zip(stacks, old or nothing, ref or nothing, strict=True):
-            total, new = self._accumulate(total, adapter, base, *stacked, o, r)
+            tape = self._take_tape(adapter, base, stacked[0])
+            total, self._tape, new = self._accumulate(total, tape, adapter, base, *stacked, o, r)
             logprobs.append(new)
         return total, logprobs
 
-    def _through_stack(self, total: Sums, adapter, base, stack: MicroBatch, n, old, ref):
-        def step(i, sums):
-            total, logprobs = sums
-            batch, o, r = jax.tree.map(lambda x: x[i], (stack, old, ref))
-            total, new = self._micro_step(total, adapter, base, batch, o, r)
-            return total, logprobs.at[i].set(new)
+    def _take_tape(self, adapter, base, stack: MicroBatch) -> Tape | None:
+        """The last program's tape, or a new one where it does not fit this one."""
+        tape, self._tape = self._tape, None
+        shape_of = lambda tape: jax.tree.map(lambda x: (x.shape, x.dtype), tape)  # noqa: E731
+        if shape_of(tape) != shape_of(self._new_tape.eval_shape(adapter, base, stack)):
+            del tape
+            tape = self._new_tape(adapter, base, stack)
+        return tape
 
-        return jax.lax.fori_loop(0, n, step, (total, jnp.zeros(stack.mask.shape)))
+    def _blank_tape(self, adapter, base, stack: MicroBatch) -> Tape | None:
+        """Zeros; None where a program's memory stays the process's by itself: not on the CPU."""
+        if jax.default_backend() != "cpu":
+            return None
+
+        def written(adapter, base, batch):
+            return hidden_states(nnx.merge(self.graph, adapter, base), batch, [], **self.of_layers)
+
+        batch = jax.tree.map(lambda x: x[0], stack)
+        _, shapes = jax.eval_shape(written, adapter, base, batch)
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+    def _through_stack(self, total: Sums, tape, adapter, base, stack: MicroBatch, n, old, ref):
+        def step(i, carry):
+            total, tape, logprobs = carry
+            batch, o, r = jax.tree.map(lambda x: x[i], (stack, old, ref))
+            total, tape, new = self._micro_step(total, tape, adapter, base, batch, o, r)
+            return total, tape, logprobs.at[i].set(new)
+
+        return jax.lax.fori_loop(0, n, step, (total, tape, jnp.zeros(stack.mask.shape)))
 
     def _logprobs_of_stack(self, adapter, base, stack: MicroBatch, n):
         def step(i, logprobs):
             batch = jax.tree.map(lambda x: x[i], stack)
-            return logprobs.at[i].set(self._token_logprobs(adapter, base, batch)[0])
+            model = nnx.merge(self.graph, adapter, base)
+            return logprobs.at[i].set(
+                token_logprobs(model, batch, **self.of_layers, **self.of_head)[0]
+            )
 
         return jax.lax.fori_loop(0, n, step, jnp.zeros(stack.mask.shape))
-
-    def _token_logprobs(self, adapter, base, batch) -> tuple[jax.Array, jax.Array]:
-        model = nnx.merge(self.graph, adapter, base)
-        return token_logprobs(model, batch, **self.options)
 
     def _zeros(self, adapter) -> Sums:
         one = jnp.zeros((1, 1))
@@ -169,23 +196,26 @@ class Update:
         gradient = jax.tree.map(jnp.zeros_like, adapter)
         return Sums(gradient, {name: jnp.zeros(()) for name in names}, jnp.zeros(()))
 
-    def _micro_step(self, total: Sums, adapter, base, batch, old_logprobs, ref_logprobs):
+    def _micro_step(self, total: Sums, tape, adapter, base, batch, old_logprobs, ref_logprobs):
         def numerator(adapter):
-            logprobs, entropies = self._token_logprobs(adapter, base, batch)
+            model = nnx.merge(self.graph, adapter, base)
+            hidden, written = hidden_states(model, batch, tape, **self.of_layers)
+            logprobs, entropies = head_logprobs(model, hidden, batch, **self.of_head)
             old = jax.lax.stop_gradient(logprobs) if old_logprobs is None else old_logprobs
             arrays = {"sampler_logprobs": batch.sampler_logprobs, "entropies": entropies}
             if ref_logprobs is not None:
                 arrays["ref_logprobs"] = ref_logprobs
             loss, _, metrics = self.loss(logprobs, old, batch.advantages, batch.mask, **arrays)
-            return loss, (metrics, logprobs, old, entropies)
+            return loss, (metrics, logprobs, old, entropies, written)
 
         gradient_of = jax.value_and_grad(numerator, has_aux=True)
-        (loss, (metrics, logprobs, old, entropies)), gradient = gradient_of(adapter)
+        (loss, (metrics, logprobs, old, entropies, tape)), gradient = gradient_of(adapter)
         gap = (old - batch.sampler_logprobs) * batch.mask  # both are of the policy that sampled
         ours = (loss, entropies.sum(), batch.mask.sum(), jnp.abs(gap).sum(), k3(gap).sum())
         new = Sums(gradient, metrics | dict(zip(OUR_SUMS, ours, strict=True)), jnp.abs(gap).max())
         gradient, metrics = jax.tree.map(jnp.add, total[:2], new[:2])
-        return Sums(gradient, metrics, jnp.maximum(total.largest_gap, new.largest_gap)), logprobs
+        largest_gap = jnp.maximum(total.largest_gap, new.largest_gap)
+        return Sums(gradient, metrics, largest_gap), tape, logprobs
 
     def _optimizer_step(self, adapter, opt_state, total: Sums, denominator):
         gradient = jax.tree.map(lambda g: g / denominator, total.gradient)

@@ -18,7 +18,7 @@ TREES = {file.stem: ast.parse(file.read_text("utf-8")) for file in FILES}
 
 # design.md, section 3: a module imports only from layers below its own. Layers 0 and 2 have floors.
 LAYERS = [
-    {"errors", "latex", "remat"},
+    {"errors", "latex", "remat", "tape"},
     {"checks", "algebra", "advantages", "losses", "lora", "rows", "tokenizer", "rewards"}
     | {"attention", "provenance"},
     {"answers", "config"},
@@ -33,7 +33,8 @@ LAYERS = [
     {"ablate"},
 ]
 LAYER_OF = {module: i for i, modules in enumerate(LAYERS) for module in modules}
-PURE = ("advantages", "latex", "remat", "algebra", "answers", "losses", "lora", "batch", "rollout")
+PURE = ("advantages", "latex", "remat", "tape", "algebra", "answers", "losses", "lora", "batch",
+        "rollout")  # fmt: skip
 LIGHT = ("errors", "config", "cli", "rundir", "rewards", "grader", "advantages", "answers",
          "rollout", "checks", "batch", "serve", "vllm")  # fmt: skip
 

@@ -295,7 +295,7 @@ def test_a_population_of_adapters_can_be_trained_over_one_base(pair, rows):
     update, batch = compiled(graph), in_one_batch(rows)
 
     def gradient(adapter):
-        return update._micro_step(update._zeros(adapter), adapter, base, batch, None, None)[
+        return update._micro_step(update._zeros(adapter), [], adapter, base, batch, None, None)[
             0
         ].gradient
 
