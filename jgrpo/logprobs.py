@@ -81,9 +81,9 @@ def head_logprobs(
 ) -> tuple[jax.Array, jax.Array]:
     """`token_logprobs` of the hidden states."""
     packed = _chunked(
-        _head(model, temperature), _hidden_before(hidden, batch),
-        batch.rows.reshape(-1), batch.segments.reshape(-1) > 0,
-        chunk=_chunk_rows(model.config.vocab_size), entropy_gradient=entropy_gradient,
+        model, _hidden_before(hidden, batch), batch.rows.reshape(-1),
+        batch.segments.reshape(-1) > 0,
+        temperature=temperature, entropy_gradient=entropy_gradient,
     )  # fmt: skip
     where = batch.starts[:, None] + jnp.arange(batch.mask.shape[1])
     unpacked = (x.at[where].get(mode="fill", fill_value=0) for x in packed)
@@ -172,47 +172,69 @@ def _shared_prompts(batch: MicroBatch, implementation: str) -> Attend:
     return Partial(attend, batch, _token_in_slot(batch), among_prompts, among_rows)
 
 
-def _head(model, temperature):
+def _softmax(model: Decoder, temperature: float, hidden: jax.Array, targets: jax.Array):
+    """hidden [M, D], targets [M] -> logits and exp(logit - largest) [M, V], log z and the targets'
+    logprobs [M]; all float32."""
+    logits = model.logits(hidden) / temperature
+    largest = logits.max(axis=-1)
+    weights = jnp.exp(logits - largest[:, None])  # one exp for logprob, entropy and gradient
+    log_z = jnp.log(weights.sum(axis=-1)) + largest
+    logprobs = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0] - log_z
+    return logits, weights, log_z, logprobs
+
+
+def _head(model: Decoder, temperature: float, hidden: jax.Array, targets: jax.Array):
     """hidden [M, D], targets [M] -> the targets' logprobs, and the entropies [M]."""
-
-    def head(hidden, targets):
-        logits = model.logits(hidden) / temperature
-        largest = jax.lax.stop_gradient(logits.max(axis=-1))
-        weights = jnp.exp(logits - largest[:, None])  # one exp for logprob, entropy and gradient
-        z = weights.sum(axis=-1)
-        log_z = jnp.log(z) + largest
-        logprobs = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0] - log_z
-        entropies = log_z - jnp.sum(weights * logits, axis=-1) / z
-        return logprobs, entropies
-
-    return head
+    logits, weights, log_z, logprobs = _softmax(model, temperature, hidden, targets)
+    return logprobs, log_z - jnp.sum(weights * logits, axis=-1) / weights.sum(axis=-1)
 
 
-def _chunked(head, hidden, targets, wanted, *, chunk, entropy_gradient):
-    """`head` of the wanted rows of hidden [M, D], a chunk at a time; 0 for the others.
+def _head_and_gradients(
+    model: Decoder,
+    temperature: float,
+    entropy_gradient: bool,
+    hidden: jax.Array,
+    targets: jax.Array,
+):
+    """As `_head`, and the gradients [M, D] of the logprobs (and of the entropies) by hidden.
 
-    Where a gradient is asked for, that of each logprob (and entropy) by its hidden state [M, D] is
-    computed with it and kept, so that the backward pass does not come to the head again.
-    (Differentiating through the scan would save the kernel once a chunk: JAX stacks what a cond
-    keeps.)
+    With w_v the kernel's columns and p the distribution, both need m = sum_v p_v w_v and no more:
+    d logprob / d hidden = (w_target - m) / temperature, and the mean logit, of which the entropy is
+    made, is hidden m / temperature. That saves three passes over the logits.
     """
+    logits, weights, log_z, logprobs = _softmax(model, temperature, hidden, targets)
+    kernel = model.head
+    rounded = weights.astype(kernel.dtype)
+    z = rounded.sum(axis=-1, dtype=jnp.float32)[:, None]
 
-    def head_and_gradients(hidden, targets):
-        logprobs, of_logprobs, entropies = jax.vjp(lambda h: head(h, targets), hidden, has_aux=True)
-        gradients = of_logprobs(jnp.ones_like(logprobs))
-        if entropy_gradient:
-            _, of_entropies = jax.vjp(lambda h: head(h, targets)[1], hidden)
-            gradients += of_entropies(jnp.ones_like(entropies))
-        return (logprobs, entropies), gradients
+    def mean(weights):
+        return jnp.matmul(weights, kernel.T, preferred_element_type=jnp.float32) / z
 
-    rows = partial(_by_chunks, wanted=wanted, chunk=chunk)
+    m = mean(rounded)
+    mean_logits = jnp.einsum("md,md->m", hidden.astype(jnp.float32), m) / temperature
+    gradients = [(kernel.T[targets] - m) / temperature]
+    if entropy_gradient:  # d entropy = - sum_v p_v (logit_v - mean logit) d logit_v
+        spread = (weights * (logits - mean_logits[:, None])).astype(kernel.dtype)
+        gradients.append(-mean(spread) / temperature)
+    return (logprobs, log_z - mean_logits), gradients
+
+
+def _chunked(model, hidden, targets, wanted, *, temperature, entropy_gradient):
+    """`_head` of the wanted rows of hidden [M, D], a chunk at a time; 0 for the others.
+
+    Where a gradient is asked for, it is computed with the value and kept [M, D], so that the
+    backward pass does not come to the head again. (Differentiating through the scan would save the
+    kernel once a chunk: JAX stacks what a cond keeps.)
+    """
+    rows = partial(_by_chunks, wanted=wanted, chunk=_chunk_rows(model.config.vocab_size))
 
     @jax.custom_vjp
     def run(hidden):
-        return rows(head, hidden, targets)
+        return rows(partial(_head, model, temperature), hidden, targets)
 
     def forward(hidden):
-        return rows(head_and_gradients, hidden, targets)
+        function = partial(_head_and_gradients, model, temperature, entropy_gradient)
+        return rows(function, hidden, targets)
 
     def backward(gradients, cotangents):
         weighed = (g * c[:, None] for g, c in zip(gradients, cotangents, strict=False))

@@ -289,13 +289,16 @@ class Decoder(nnx.Module):
     def config(self) -> ModelConfig:
         return self.model.config
 
+    @property
+    def head(self) -> jax.Array:
+        """The kernel from hidden states to logits [D, V]."""
+        if self.lm_head is None:
+            return self.model.embed_tokens.embedding[...].T
+        return self.lm_head.kernel[...]
+
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Final hidden states [..., D] -> float32 logits [..., V]."""
-        if self.lm_head is None:
-            kernel = self.model.embed_tokens.embedding[...].T
-        else:
-            kernel = self.lm_head.kernel[...]
-        return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+        return jnp.matmul(hidden, self.head, preferred_element_type=jnp.float32)
 
     def __call__(self, ids: jax.Array, segments: jax.Array | None = None) -> jax.Array:
         """ids int32 [N, T] -> float32 logits [N, T, V]; segments as in `causal_mask`."""

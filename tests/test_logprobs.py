@@ -201,6 +201,32 @@ def test_entropies_have_no_gradient_unless_asked_for(checkpoint):
     assert not any(x.any() for x in jax.tree.leaves(jax.jit(jax.grad(entropies))(adapter)))
 
 
+def test_in_bfloat16_the_head_is_exact_to_bfloat16(checkpoint):
+    """Of float32 hidden states and a kernel that bfloat16 can write, with logits of -20 to 20."""
+    model = load_model(checkpoint("qwen3-untied"), dtype="bfloat16")
+    rng = np.random.default_rng(0)
+    hidden = jnp.asarray(rng.normal(size=(64, WIDTH)), jnp.bfloat16)
+    kernel = jnp.asarray(rng.normal(size=(WIDTH, VOCAB)), jnp.bfloat16)
+    model.lm_head.kernel[...] = kernel
+    targets = rng.integers(VOCAB, size=64)
+    (logprobs, entropies), (gradient, of_entropies) = module._head_and_gradients(
+        model, 0.7, True, hidden, targets
+    )
+
+    def reference(hidden):
+        logits = hidden @ torch.tensor(np.asarray(kernel, np.float64)) / 0.7
+        distribution = torch.distributions.Categorical(logits=logits)
+        return distribution.log_prob(torch.tensor(targets)), distribution.entropy()
+
+    exact = torch.tensor(np.asarray(hidden, np.float64), requires_grad=True)
+    for got, slope, value in zip(
+        (logprobs, entropies), (gradient, of_entropies), reference(exact), strict=True
+    ):
+        (expected,) = torch.autograd.grad(value.sum(), exact, retain_graph=True)
+        np.testing.assert_allclose(got, value.detach(), atol=0.01)
+        assert np.abs(slope - expected.numpy()).max() < 0.01 * np.abs(expected.numpy()).max()
+
+
 def shapes_in(jaxpr) -> Iterator[tuple[int, ...]]:
     """The shape of every array in a program, those of loops, branches and calls included."""
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
