@@ -4,10 +4,10 @@
 
 The model has SmolLM2-135M's shape and random weights. "training": the programs of all shapes of
 micro-batch that so many rollouts of log-normal lengths need (4 prompts x 4 completions of up to 192
-tokens, 40 % of the groups without a signal), and the optimizer's; "sampling": those of one rollout
-by the embedded sampler, which is really sampled. The first process begins with an empty cache, the
-second has what the first one left. Seconds of tracing, lowering and compiling (or reading), as JAX
-reports them. Last line: one JSON document.
+tokens, 40 % of the groups without a signal), those that make their tapes, and the optimizer's;
+"sampling": those of one rollout by the embedded sampler, which is really sampled. The first process
+begins with an empty cache, the second has what the first one left. Seconds of tracing, lowering and
+compiling (or reading), as JAX reports them. Last line: one JSON document.
 """
 
 import json
@@ -41,6 +41,7 @@ def compile_all(cache: str, n_rollouts: int) -> dict[str, tuple[int, float]]:
     from jgrpo.learner import Learner
     from jgrpo.sampler import JaxSampler
     from jgrpo.session import configure_jax
+    from jgrpo.update import _stacked
 
     configure_jax()
     shape, spent = SHAPES["135m"], []
@@ -68,6 +69,8 @@ def compile_all(cache: str, n_rollouts: int) -> dict[str, tuple[int, float]]:
     start = len(spent)
     for batch in found.values():
         learner.update.compiled(adapter, base, batch)
+        ((stack, _),) = _stacked([batch])
+        learner.update._new_tape.lower(adapter, base, stack).compile()
     learner.update._apply.lower(
         *learner.state, jax.eval_shape(learner.update._zeros, adapter), 1.0
     ).compile()

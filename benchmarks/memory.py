@@ -43,6 +43,7 @@ def setting(micro_batch_size: int, gradient_checkpointing: bool) -> dict:
     learner = Learner(config, policy.graph, policy.adapter, policy.base)
     rows = saved_rows(config, make_lines(args, config, shape.model["vocab_size"]))
     learner.learn(rows)
+    learner.update._tape = None  # kept from update to update, but part of what they take
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     forget_peak()
     before, _ = resident_bytes()
