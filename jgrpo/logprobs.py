@@ -146,30 +146,36 @@ def _shared_prompts(batch: MicroBatch, implementation: str) -> Attend:
     in_prompt = jnp.broadcast_to(in_prompt[:, None], (r, u, s))
     among_rows = jnp.concatenate([in_prompt, causal_mask(jnp.asarray(batch.segments))], axis=2)
 
+    arrays = batch, _token_in_slot(batch), among_prompts, among_rows
+    return Partial(_ATTEND[implementation], *arrays)
+
+
+def _attend(implementation: str, batch, tokens, among_prompts, among_rows, q, k, v, _):
+    """An `Attend` of the arrays of `_shared_prompts`."""
+    s, u = batch.prompts.shape[1], batch.rows.shape[1]
     n_blocks = min(max(1, u // LEAST_BLOCK), MOST_BLOCKS) if implementation == "xla" else 1
     blocks = [u * i // n_blocks for i in range(n_blocks + 1)]
-
-    def attend(batch, tokens, among_prompts, among_rows, q, k, v, _):
-        (q_prompts, q_rows), (k_prompts, k_rows), (v_prompts, v_rows) = (
-            _in_slots(x, batch, tokens) for x in (q, k, v)
+    (q_prompts, q_rows), (k_prompts, k_rows), (v_prompts, v_rows) = (
+        _in_slots(x, batch, tokens) for x in (q, k, v)
+    )
+    k_rows = jnp.concatenate([k_prompts[batch.row_prompts], k_rows], axis=1)
+    v_rows = jnp.concatenate([v_prompts[batch.row_prompts], v_rows], axis=1)
+    of_prompts = attention(q_prompts, k_prompts, v_prompts, among_prompts, implementation)
+    of_blocks = [  # no query sees what comes after its block
+        attention(
+            q_rows[:, a:b],
+            k_rows[:, : s + b],
+            v_rows[:, : s + b],
+            among_rows[:, a:b, : s + b],
+            implementation,
         )
-        k_rows = jnp.concatenate([k_prompts[batch.row_prompts], k_rows], axis=1)
-        v_rows = jnp.concatenate([v_prompts[batch.row_prompts], v_rows], axis=1)
-        of_prompts = attention(q_prompts, k_prompts, v_prompts, among_prompts, implementation)
-        of_blocks = [  # no query sees what comes after its block
-            attention(
-                q_rows[:, a:b],
-                k_rows[:, : s + b],
-                v_rows[:, : s + b],
-                among_rows[:, a:b, : s + b],
-                implementation,
-            )
-            for a, b in pairwise(blocks)
-        ]
-        of_rows = jnp.concatenate(of_blocks, axis=1)
-        return _from_slots(of_prompts, of_rows, batch, tokens), None
+        for a, b in pairwise(blocks)
+    ]
+    of_rows = jnp.concatenate(of_blocks, axis=1)
+    return _from_slots(of_prompts, of_rows, batch, tokens), None
 
-    return Partial(attend, batch, _token_in_slot(batch), among_prompts, among_rows)
+
+_ATTEND = {name: partial(_attend, name) for name in ("xla", "cudnn")}
 
 
 def _softmax(model: Decoder, temperature: float, hidden: jax.Array, targets: jax.Array):

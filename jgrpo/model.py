@@ -11,7 +11,7 @@ Left out on purpose: dropout, sliding windows, mixture of experts, rope types bu
 
 import math
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -250,9 +250,7 @@ class Body(nnx.Module):
         shared = rotary_angles(self.config, positions), attend
         graph, adapter, base = split(self.layers)
 
-        @partial(jax.checkpoint, prevent_cse=False, policy=None if checkpoint else is_kept)
-        def layer(x, adapter, base, shared, cache=None):
-            return nnx.merge(graph, adapter, base)(x, *shared, cache)
+        layer = _layer(graph, checkpoint)
 
         def step(x, sliced):
             adapter, base, cache = sliced
@@ -264,6 +262,18 @@ class Body(nnx.Module):
         else:
             x, kept = taped_scan(lambda *given: layer(*given)[0], x, adapter, base, shared, tape)
         return self.norm(x), kept
+
+
+@cache
+def _layer(graph: nnx.GraphDef, checkpoint: bool):
+    """A layer of its states and its input; the same function each time, which JAX traces once for
+    the same shapes."""
+
+    @partial(jax.checkpoint, prevent_cse=False, policy=None if checkpoint else is_kept)
+    def layer(x, adapter, base, shared, cache=None):
+        return nnx.merge(graph, adapter, base)(x, *shared, cache)
+
+    return layer
 
 
 class Decoder(nnx.Module):

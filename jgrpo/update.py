@@ -5,6 +5,7 @@ one optimizer update. The adapter and the optimizer's state are donated; nothing
 until the step is over. Nothing here forbids a leading axis of adapters (vmap) or a mesh.
 """
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -91,10 +92,11 @@ class Update:
             "entropy_gradient": entropy_gradient,
         }
         self._tape: Tape | None = None
-        self._new_tape = jax.jit(self._blank_tape)
-        self._accumulate = jax.jit(self._through_stack, donate_argnums=(0, 1))
-        self._forward = jax.jit(self._logprobs_of_stack)
-        self._apply = jax.jit(self._optimizer_step, donate_argnums=(0, 1))
+        me = weakref.proxy(self)  # no cycle: the tape goes with the last reference, not some day
+        self._new_tape = jax.jit(lambda *given: me._blank_tape(*given))
+        self._accumulate = jax.jit(lambda *given: me._through_stack(*given), donate_argnums=(0, 1))
+        self._forward = jax.jit(lambda *given: me._logprobs_of_stack(*given))
+        self._apply = jax.jit(lambda *given: me._optimizer_step(*given), donate_argnums=(0, 1))
 
     def __call__(
         self,

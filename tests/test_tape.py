@@ -1,6 +1,9 @@
 """What layers keep for their backward pass, in memory that outlives the program: the gradient is
 that without it, whatever stood there before, and nothing is kept that is at hand anyway."""
 
+import gc
+import weakref
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -82,6 +85,20 @@ def test_updates_write_into_the_same_memory(parts, rows):
     other = places([wider(batch)])  # another shape takes another tape, in the first one's place
     assert update._tape[0].shape[2] == batch.n_tokens + 1
     assert places([wider(batch)]) == other
+
+
+def test_the_memory_goes_with_the_update(parts, rows):
+    graph, adapter, base = parts
+    update = update_of(graph)
+    jax.block_until_ready(update.gradient(adapter, base, [in_one_batch(rows)], 5.0))
+    tape, gone = weakref.ref(update._tape[0]), weakref.ref(update)
+    gc.disable()  # some day it would find a cycle
+    try:
+        del update
+        assert gone() is None
+        assert tape() is None
+    finally:
+        gc.enable()
 
 
 def test_a_program_that_fails_leaves_no_tape_behind(parts, rows):
