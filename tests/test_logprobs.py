@@ -202,7 +202,7 @@ def test_entropies_have_no_gradient_unless_asked_for(checkpoint):
 
 
 def test_in_bfloat16_the_head_is_exact_to_bfloat16(checkpoint):
-    """Of float32 hidden states and a kernel that bfloat16 can write, with logits of -20 to 20."""
+    """Against float64, of the same bfloat16 hidden states and kernel."""
     model = load_model(checkpoint("qwen3-untied"), dtype="bfloat16")
     rng = np.random.default_rng(0)
     hidden = jnp.asarray(rng.normal(size=(64, WIDTH)), jnp.bfloat16)
