@@ -79,26 +79,34 @@ def head_logprobs(
     temperature: float,
     entropy_gradient: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """`token_logprobs` of the hidden states."""
+    """`token_logprobs` of the hidden states: the K tokens of the mask, one after another."""
+    batch = jax.tree.map(jnp.asarray, batch)
+    wanted, u = batch.mask.reshape(-1) > 0, batch.mask.shape[1]
+    chunk, n_chunks = _chunks(batch.rows.size, model.config.vocab_size)
+    places = jnp.where(wanted, jnp.cumsum(wanted) - 1, n_chunks * chunk)
+    order = jnp.full(n_chunks * chunk, len(wanted))  # out of bounds: only fills up
+    order = order.at[places].set(jnp.arange(len(wanted)), mode="drop")
+    slots = (batch.starts[:, None] + jnp.arange(u)).reshape(-1)[order]
     packed = _chunked(
-        model, _hidden_before(hidden, batch), batch.rows.reshape(-1),
-        batch.segments.reshape(-1) > 0,
+        model, hidden[0], _token_before(batch)[slots], batch.rows.reshape(-1)[slots],
+        chunk=chunk, n_wanted=wanted.sum(),
         temperature=temperature, entropy_gradient=entropy_gradient,
     )  # fmt: skip
-    where = batch.starts[:, None] + jnp.arange(batch.mask.shape[1])
-    unpacked = (x.at[where].get(mode="fill", fill_value=0) for x in packed)
-    logprobs, entropies = (jnp.where(batch.mask > 0, x, 0) for x in unpacked)
+    zeros = jnp.zeros(len(wanted))
+    logprobs, entropies = (
+        zeros.at[order].set(x, mode="drop").reshape(batch.mask.shape) for x in packed
+    )
     return logprobs, entropies
 
 
-def _hidden_before(hidden: jax.Array, batch: MicroBatch) -> jax.Array:
-    """Of the hidden states [1, M, D], that of the token before each one of the rows [R U, D]."""
-    of_prompts, of_rows = _in_slots(hidden, batch, _token_in_slot(batch))
-    at = jnp.asarray(batch.prompt_lengths)[:, None, None] - 1
-    last = jnp.take_along_axis(of_prompts, at, axis=1)
+def _token_before(batch: MicroBatch) -> jax.Array:
+    """int32 [R U]: which of the computed tokens comes before each one of the rows."""
+    n, (p, s) = batch.prompts.size, batch.prompts.shape
+    tokens = _token_in_slot(batch)
+    last = tokens[jnp.arange(p) * s + batch.prompt_lengths - 1]
     first = jnp.diff(batch.segments, axis=1, prepend=0) != 0
-    before = jnp.where(first[..., None], last[batch.row_prompts], jnp.roll(of_rows, 1, axis=1))
-    return before.reshape(-1, hidden.shape[-1])
+    previous = jnp.roll(tokens[n:].reshape(first.shape), 1, axis=1)
+    return jnp.where(first, last[batch.row_prompts][:, None], previous).reshape(-1)
 
 
 def _token_in_slot(batch: MicroBatch) -> jax.Array:
@@ -225,58 +233,48 @@ def _head_and_gradients(
     return (logprobs, log_z - mean_logits), gradients
 
 
-def _chunked(model, hidden, targets, wanted, *, temperature, entropy_gradient):
-    """`_head` of the wanted rows of hidden [M, D], a chunk at a time; 0 for the others.
+def _chunked(
+    model, hidden, before, targets, *, chunk, n_wanted, temperature, entropy_gradient
+):
+    """`_head` of hidden[before] and the targets, a chunk at a time; 0 for the chunks that hold none
+    of the first n_wanted.
 
-    Where a gradient is asked for, it is computed with the value and kept [M, D], so that the
-    backward pass does not come to the head again. (Differentiating through the scan would save the
-    kernel once a chunk: JAX stacks what a cond keeps.)
+    Where a gradient is asked for, it is computed with the value and kept [K, D], so that the
+    backward pass does not come to the head again. (Differentiating through the loop would save the
+    kernel once a chunk.)
     """
-    rows = partial(_by_chunks, wanted=wanted, chunk=_chunk_rows(model.config.vocab_size))
+
+    def rows(function, hidden):
+        @jax.jit  # traced once, for both its uses
+        def compute(start):
+            b, t = (jax.lax.dynamic_slice_in_dim(x, start, chunk) for x in (before, targets))
+            return function(hidden[b], t)
+
+        def step(i, rows):
+            put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=i * chunk, axis=0)
+            return jax.tree.map(put, rows, compute(i * chunk))
+
+        shapes = jax.eval_shape(compute, 0)
+        zeros = jax.tree.map(lambda x: jnp.zeros((len(before), *x.shape[1:]), x.dtype), shapes)
+        return jax.lax.fori_loop(0, (n_wanted + chunk - 1) // chunk, step, zeros)
 
     @jax.custom_vjp
     def run(hidden):
-        return rows(partial(_head, model, temperature), hidden, targets)
+        return rows(partial(_head, model, temperature), hidden)
 
     def forward(hidden):
-        function = partial(_head_and_gradients, model, temperature, entropy_gradient)
-        return rows(function, hidden, targets)
+        return rows(partial(_head_and_gradients, model, temperature, entropy_gradient), hidden)
 
     def backward(gradients, cotangents):
-        weighed = (g * c[:, None] for g, c in zip(gradients, cotangents, strict=False))
-        return (sum(weighed).astype(hidden.dtype),)
+        weighed = sum(g * c[:, None] for g, c in zip(gradients, cotangents, strict=False))
+        return (jnp.zeros_like(hidden).at[before].add(weighed.astype(hidden.dtype)),)
 
     run.defvjp(forward, backward)
     return run(hidden)
 
 
-def _chunk_rows(vocab_size: int) -> int:
-    return max(8, HEAD_CHUNK_FLOATS // vocab_size // 8 * 8)
-
-
-def _by_chunks(function, *arrays, wanted, chunk):
-    """`function` of the wanted rows of `arrays` [M, ...], a chunk at a time; 0 for the others."""
-    m = len(wanted)
-    chunk = min(m, chunk)
-    n_chunks = -(-m // chunk)
-    chunk = -(-m // n_chunks)  # all alike, so that the last one is not mostly filling
-    order = jnp.argsort(~wanted, stable=True)  # wanted rows first: later chunks are skipped
-    order = jnp.pad(order, (0, n_chunks * chunk - m), constant_values=m)  # m: out of bounds
-    n_wanted = wanted.sum()
-
-    def compute(index):
-        return function(*(jnp.take(x, index, axis=0, mode="fill", fill_value=0) for x in arrays))
-
-    shapes = jax.eval_shape(compute, order[:chunk])
-
-    def step(start, index):
-        zeros = lambda _: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)  # noqa: E731
-        return start + chunk, jax.lax.cond(start < n_wanted, compute, zeros, index)
-
-    def back_in_place(stacked):
-        stacked = stacked.reshape(-1, *stacked.shape[2:])
-        rows = jnp.zeros((m, *stacked.shape[1:]), stacked.dtype).at[order].set(stacked, mode="drop")
-        return jnp.where(wanted.reshape(-1, *[1] * (rows.ndim - 1)), rows, 0)
-
-    _, values = jax.lax.scan(step, 0, order.reshape(n_chunks, chunk))
-    return jax.tree.map(back_in_place, values)
+def _chunks(n: int, vocab_size: int) -> tuple[int, int]:
+    """How many of n tokens are in a chunk, and how many chunks there are: all alike, so that the
+    last one is not mostly filling."""
+    n_chunks = -(-n // max(8, HEAD_CHUNK_FLOATS // vocab_size // 8 * 8))
+    return -(-n // n_chunks), n_chunks

@@ -2,6 +2,7 @@
 `evaluate` both do with it: score the policy on the evaluation problems, and prove that the sampler
 really samples from the adapter that it was given."""
 
+import gc
 import hashlib
 import json
 import os
@@ -92,7 +93,8 @@ def configure_jax() -> None:
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "jgrpo" / "xla"
     folder = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(default))
     jax.config.update("jax_compilation_cache_dir", folder)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
+    gc.set_threshold(50_000)
 
 
 def open_problems(config: Config) -> Problems:
