@@ -39,7 +39,8 @@ class Rows:
 
 
 class MicroBatch(NamedTuple):
-    """Some completions of a rollout. What only fills up is zero."""
+    """Some completions of a rollout. What only fills up is zero. What arrays are indexed with is
+    unsigned: JAX would add code for negative indices."""
 
     prompts: np.ndarray
     """int32 [P, S], padded"""
@@ -50,12 +51,12 @@ class MicroBatch(NamedTuple):
     segments: np.ndarray
     """int32 [R, U]: 1 on a row's first completion, 2 on its second, ...; 0 on padding"""
     row_prompts: np.ndarray
-    """int32 [R]: which prompt a row's completions answer"""
+    """uint32 [R]: which prompt a row's completions answer"""
     places: np.ndarray
-    """int32 [M]: the slot of each token that is computed, among those of the prompts and then the
+    """uint32 [M]: the slot of each token that is computed, among those of the prompts and then the
     rows, flattened; P S + R U where it only fills up"""
     starts: np.ndarray
-    """int32 [N]: where in the flattened rows a completion begins"""
+    """uint32 [N]: where in the flattened rows a completion begins"""
     mask: np.ndarray
     """float32 [N, U]: 1 on tokens that are trained"""
     sampler_logprobs: np.ndarray
@@ -225,9 +226,9 @@ def _fill(rows: Rows, shape: Shape, parts: Sequence[Packed]) -> MicroBatch:
         prompt_lengths=np.ones(shape.p, np.int32),
         rows=np.zeros((shape.r, shape.u), np.int32),
         segments=np.zeros((shape.r, shape.u), np.int32),
-        row_prompts=np.zeros(shape.r, np.int32),
-        places=np.arange(shape.m, dtype=np.int32),
-        starts=np.zeros(n, np.int32),
+        row_prompts=np.zeros(shape.r, np.uint32),
+        places=np.arange(shape.m, dtype=np.uint32),
+        starts=np.zeros(n, np.uint32),
         mask=np.zeros((n, shape.u), np.float32),
         sampler_logprobs=np.zeros((n, shape.u), np.float32),
         advantages=np.zeros(n, np.float32),

@@ -79,28 +79,25 @@ def head_logprobs(
     temperature: float,
     entropy_gradient: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """`token_logprobs` of the hidden states: the K tokens of the mask, one after another."""
+    """`token_logprobs` of the hidden states; the K tokens of the mask one after another."""
     batch = jax.tree.map(jnp.asarray, batch)
     wanted, u = batch.mask.reshape(-1) > 0, batch.mask.shape[1]
     chunk, n_chunks = _chunks(batch.rows.size, model.config.vocab_size)
-    places = jnp.where(wanted, jnp.cumsum(wanted) - 1, n_chunks * chunk)
-    order = jnp.full(n_chunks * chunk, len(wanted))  # out of bounds: only fills up
-    order = order.at[places].set(jnp.arange(len(wanted)), mode="drop")
-    slots = (batch.starts[:, None] + jnp.arange(u)).reshape(-1)[order]
+    places = jnp.where(wanted, jnp.cumsum(wanted) - 1, n_chunks * chunk).astype(jnp.uint32)
+    in_rows = (batch.starts[:, None] + jnp.arange(u, dtype=jnp.uint32)).reshape(-1)
+    slots = jnp.zeros(n_chunks * chunk, jnp.uint32).at[places].set(in_rows, mode="drop")
     packed = _chunked(
         model, hidden[0], _token_before(batch)[slots], batch.rows.reshape(-1)[slots],
         chunk=chunk, n_wanted=wanted.sum(),
         temperature=temperature, entropy_gradient=entropy_gradient,
     )  # fmt: skip
-    zeros = jnp.zeros(len(wanted))
-    logprobs, entropies = (
-        zeros.at[order].set(x, mode="drop").reshape(batch.mask.shape) for x in packed
-    )
+    unpacked = (x.at[places].get(mode="fill", fill_value=0) for x in packed)
+    logprobs, entropies = (x.reshape(batch.mask.shape) for x in unpacked)
     return logprobs, entropies
 
 
 def _token_before(batch: MicroBatch) -> jax.Array:
-    """int32 [R U]: which of the computed tokens comes before each one of the rows."""
+    """uint32 [R U]: which of the computed tokens comes before each one of the rows."""
     n, (p, s) = batch.prompts.size, batch.prompts.shape
     tokens = _token_in_slot(batch)
     last = tokens[jnp.arange(p) * s + batch.prompt_lengths - 1]
@@ -110,9 +107,10 @@ def _token_before(batch: MicroBatch) -> jax.Array:
 
 
 def _token_in_slot(batch: MicroBatch) -> jax.Array:
-    """int32 [P S + R U]: which of the computed tokens is in each slot, M where none is."""
+    """uint32 [P S + R U]: which of the computed tokens is in each slot, M where none is."""
     m, n_slots = len(batch.places), batch.prompts.size + batch.rows.size
-    return jnp.full(n_slots, m).at[batch.places].set(jnp.arange(m), mode="drop")
+    tokens = jnp.arange(m, dtype=jnp.uint32)
+    return jnp.full(n_slots, m, jnp.uint32).at[batch.places].set(tokens, mode="drop")
 
 
 def _in_slots(x: jax.Array, batch: MicroBatch, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -233,9 +231,7 @@ def _head_and_gradients(
     return (logprobs, log_z - mean_logits), gradients
 
 
-def _chunked(
-    model, hidden, before, targets, *, chunk, n_wanted, temperature, entropy_gradient
-):
+def _chunked(model, hidden, before, targets, *, chunk, n_wanted, temperature, entropy_gradient):
     """`_head` of hidden[before] and the targets, a chunk at a time; 0 for the chunks that hold none
     of the first n_wanted.
 

@@ -43,7 +43,7 @@ def taped_scan(
             put = jax.lax.dynamic_update_index_in_dim
             return (y, [put(t, k, i, 0) for t, k in zip(tape, kept, strict=True)]), []
 
-        layers = jnp.arange(len(jax.tree.leaves(base)[0])), adapter, base
+        layers = jnp.arange(len(jax.tree.leaves(base)[0]), dtype=jnp.uint32), adapter, base
         (y, tape), new = jax.lax.scan(step, (x, tape), layers)
         return (y, tape or new), (adapter, tape or new)
 

@@ -175,7 +175,7 @@ class Update:
     def _through_stack(self, total: Sums, tape, adapter, base, stack: MicroBatch, n, old, ref):
         def step(i, carry):
             total, tape, logprobs = carry
-            batch, o, r = jax.tree.map(lambda x: x[i], (stack, old, ref))
+            batch, o, r = _nth((stack, old, ref), i)
             total, tape, new = self._micro_step(total, tape, adapter, base, batch, o, r)
             return total, tape, logprobs.at[i].set(new)
 
@@ -183,7 +183,7 @@ class Update:
 
     def _logprobs_of_stack(self, adapter, base, stack: MicroBatch, n):
         def step(i, logprobs):
-            batch = jax.tree.map(lambda x: x[i], stack)
+            batch = _nth(stack, i)
             model = nnx.merge(self.graph, adapter, base)
             return logprobs.at[i].set(
                 token_logprobs(model, batch, **self.of_layers, **self.of_head)[0]
@@ -239,6 +239,12 @@ class Update:
         }
         metrics |= {f"train/{name}": x for name, x in per_token.items() if name not in OUR_SUMS}
         return *jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old), metrics
+
+
+def _nth(stack: Tree, i: jax.Array) -> Tree:
+    """The i-th of a stack, or of several (x[i] is code for negative i too)."""
+    i = i.astype(jnp.uint32)
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), stack)
 
 
 def _stacked(batches: Sequence[MicroBatch]) -> list[tuple[MicroBatch, int]]:

@@ -46,7 +46,7 @@ def packed(batch: MicroBatch) -> MicroBatch:
     in_prompts = np.arange(batch.prompts.shape[1]) < batch.prompt_lengths[:, None]
     used = np.flatnonzero(np.concatenate([in_prompts.ravel(), batch.segments.ravel()]))
     n_slots = batch.prompts.size + batch.rows.size
-    return batch._replace(places=np.append(used, [n_slots] * 3).astype(np.int32))
+    return batch._replace(places=np.append(used, [n_slots] * 3).astype(np.uint32))
 
 
 BATCH = make_batch()

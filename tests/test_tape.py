@@ -25,7 +25,7 @@ def parts(checkpoint):
 def wider(batch: MicroBatch) -> MicroBatch:
     """One more token is computed, which only fills up."""
     n_slots = batch.prompts.size + batch.rows.size
-    return batch._replace(places=np.append(batch.places, n_slots).astype(np.int32))
+    return batch._replace(places=np.append(batch.places, n_slots).astype(np.uint32))
 
 
 def update_of(graph) -> Update:

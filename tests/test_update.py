@@ -184,7 +184,7 @@ def test_what_fills_up_changes_nothing(pair, rows):
     wide = MicroBatch(*[np.pad(x, ((0, 3), (0, 9)) if x.ndim == 2 else (0, 3)) for x in batch])
     old_width = batch.rows.shape[1]
     row, column = np.divmod(wide.starts, old_width)
-    slots = np.arange(wide.prompts.size + wide.rows.size, dtype=np.int32)
+    slots = np.arange(wide.prompts.size + wide.rows.size, dtype=np.uint32)
     moved = wide._replace(starts=row * (old_width + 9) + column, places=slots)
     in_one = our_gradient(parts, [batch], 5)
     assert relative_error(our_gradient(parts, [moved], 5), in_one) < ROUNDING
