@@ -94,7 +94,7 @@ def configure_jax() -> None:
     folder = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(default))
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
-    gc.set_threshold(50_000)
+    gc.set_threshold(50_000)  # while JAX traces, a tenth of the time is the collector's at 700
 
 
 def open_problems(config: Config) -> Problems:
