@@ -2,11 +2,11 @@
 the only one that divides by the temperature.
 
 A prompt runs through the model once, and all its completions look back at it. The head (D -> V)
-runs over chunks of the completions' tokens, so that no [N, T, V] array ever exists; prompt and
-padding tokens do not reach it (but for those that fill up the last chunk).
+runs over chunks of the tokens that are trained, so that no [N, T, V] array ever exists; what else
+reaches it only fills up the last chunk.
 
 Axes as in `batch`: P prompts of S tokens, R rows of U tokens, M tokens that are computed of these
-slots, N completions.
+slots, N completions; K tokens for the head, R U and what fills up chunks.
 """
 
 from functools import partial
@@ -79,7 +79,7 @@ def head_logprobs(
     temperature: float,
     entropy_gradient: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """`token_logprobs` of the hidden states; the K tokens of the mask one after another."""
+    """`token_logprobs` of the hidden states: the tokens of the mask, packed, go to the head."""
     batch = jax.tree.map(jnp.asarray, batch)
     wanted, u = batch.mask.reshape(-1) > 0, batch.mask.shape[1]
     chunk, n_chunks = _chunks(batch.rows.size, model.config.vocab_size)
@@ -263,7 +263,8 @@ def _chunked(model, hidden, before, targets, *, chunk, n_wanted, temperature, en
 
     def backward(gradients, cotangents):
         weighed = sum(g * c[:, None] for g, c in zip(gradients, cotangents, strict=False))
-        return (jnp.zeros_like(hidden).at[before].add(weighed.astype(hidden.dtype)),)
+        total = jnp.zeros(hidden.shape).at[before].add(weighed)  # a prompt's last comes repeatedly
+        return (total.astype(hidden.dtype),)
 
     run.defvjp(forward, backward)
     return run(hidden)

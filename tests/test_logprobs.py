@@ -123,13 +123,13 @@ def whole(checkpoint):
     return parts, value_and_gradient(*parts)
 
 
-@pytest.mark.parametrize("chunk_rows", [8, 40])
-def test_chunks_change_nothing(whole, monkeypatch, chunk_rows):
-    # 47 of 96 tokens are of completions: the sixth chunk of 8 is cut and six are skipped; of 40,
-    # two are needed, and the third reaches beyond the 96.
-    assert (BATCH.rows.size, (BATCH.segments > 0).sum()) == (96, 47)
+@pytest.mark.parametrize("chunks", [(8, 12), (20, 5)])
+def test_chunks_change_nothing(whole, monkeypatch, chunks):
+    # 45 of 96 tokens are trained: the sixth chunk of 8 is cut and six are skipped; of 20, three are
+    # needed, and the fifth reaches beyond the 96.
+    assert (BATCH.rows.size, N_TRAINED) == (96, 45)
     parts, whole = whole
-    monkeypatch.setattr(module, "HEAD_CHUNK_FLOATS", chunk_rows * VOCAB)
+    monkeypatch.setattr(module, "_chunks", lambda n, vocab_size: chunks)
     assert_equal(value_and_gradient(*parts), whole)
 
 
@@ -164,7 +164,7 @@ def torch_entropy_gradient(model, temperature: float, logprob_weight: float) -> 
 
 
 def test_the_gradient_of_the_entropies_equals_torch_and_peft(checkpoint, tmp_path, monkeypatch):
-    # In chunks of 8 rows: 47 trained tokens need six of sixteen.
+    # In chunks of 8 rows: 45 trained tokens need six of twelve.
     monkeypatch.setattr(module, "HEAD_CHUNK_FLOATS", 8 * VOCAB)
     folder = checkpoint("qwen3-tied")
     graph, adapter, base = adapted(folder, 2)
@@ -250,8 +250,8 @@ def test_the_logits_of_all_tokens_never_exist(checkpoint, monkeypatch, chunk_row
     assert max(with_vocab) == (BATCH.rows.size if all_at_once else WIDTH)
 
 
-def test_the_head_sees_the_completions_alone(checkpoint, monkeypatch):
-    # 47 tokens are of completions: six chunks of 8 (one row fills up), not twelve for the 96.
+def test_the_head_sees_trained_tokens_alone(checkpoint, monkeypatch):
+    # 45 tokens are trained: six chunks of 8 (three rows fill up), not twelve for the 96.
     seen = []
     logits = Decoder.logits
 
