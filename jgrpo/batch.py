@@ -39,8 +39,9 @@ class Rows:
 
 
 class MicroBatch(NamedTuple):
-    """Some completions of a rollout. What only fills up is zero. What arrays are indexed with is
-    unsigned: JAX would add code for negative indices."""
+    """Some completions of a rollout. What only fills up is zero. What only indexes is unsigned (JAX
+    adds code for negative indices): do not subtract from it.
+    """
 
     prompts: np.ndarray
     """int32 [P, S], padded"""

@@ -6,7 +6,7 @@ runs over chunks of the tokens that are trained, so that no [N, T, V] array ever
 reaches it only fills up the last chunk.
 
 Axes as in `batch`: P prompts of S tokens, R rows of U tokens, M tokens that are computed of these
-slots, N completions; K tokens for the head, R U and what fills up chunks.
+slots, N completions; K slots for trained tokens in the head: M or R U, and what fills up chunks.
 """
 
 from functools import partial
@@ -82,16 +82,17 @@ def head_logprobs(
     """`token_logprobs` of the hidden states: the tokens of the mask, packed, go to the head."""
     batch = jax.tree.map(jnp.asarray, batch)
     wanted, u = batch.mask.reshape(-1) > 0, batch.mask.shape[1]
-    chunk, n_chunks = _chunks(batch.rows.size, model.config.vocab_size)
-    places = jnp.where(wanted, jnp.cumsum(wanted) - 1, n_chunks * chunk).astype(jnp.uint32)
-    in_rows = (batch.starts[:, None] + jnp.arange(u, dtype=jnp.uint32)).reshape(-1)
-    slots = jnp.zeros(n_chunks * chunk, jnp.uint32).at[places].set(in_rows, mode="drop")
+    chunk, n_chunks = _chunks(min(len(batch.places), batch.rows.size), model.config.vocab_size)
+    k = chunk * n_chunks
+    in_head = jnp.where(wanted, jnp.cumsum(wanted) - 1, k).astype(jnp.uint32)  # [N U]: which of K
+    slots = (batch.starts[:, None] + jnp.arange(u, dtype=jnp.uint32)).reshape(-1)
+    in_rows = jnp.zeros(k, jnp.uint32).at[in_head].set(slots, mode="drop")  # [K]: which of R U
     packed = _chunked(
-        model, hidden[0], _token_before(batch)[slots], batch.rows.reshape(-1)[slots],
-        chunk=chunk, n_wanted=wanted.sum(),
-        temperature=temperature, entropy_gradient=entropy_gradient,
+        model, hidden[0], _token_before(batch)[in_rows], batch.rows.reshape(-1)[in_rows],
+        wanted.sum(dtype=jnp.uint32),
+        chunk=chunk, temperature=temperature, entropy_gradient=entropy_gradient,
     )  # fmt: skip
-    unpacked = (x.at[places].get(mode="fill", fill_value=0) for x in packed)
+    unpacked = (x.at[in_head].get(mode="fill", fill_value=0) for x in packed)
     logprobs, entropies = (x.reshape(batch.mask.shape) for x in unpacked)
     return logprobs, entropies
 
@@ -185,8 +186,8 @@ _ATTEND = {name: partial(_attend, name) for name in ("xla", "cudnn")}
 
 
 def _softmax(model: Decoder, temperature: float, hidden: jax.Array, targets: jax.Array):
-    """hidden [M, D], targets [M] -> logits and exp(logit - largest) [M, V], log z and the targets'
-    logprobs [M]; all float32."""
+    """hidden [K, D], targets [K] -> logits and exp(logit - largest) [K, V], log z and the targets'
+    logprobs [K]; all float32."""
     logits = model.logits(hidden) / temperature
     largest = logits.max(axis=-1)
     weights = jnp.exp(logits - largest[:, None])  # one exp for logprob, entropy and gradient
@@ -196,7 +197,7 @@ def _softmax(model: Decoder, temperature: float, hidden: jax.Array, targets: jax
 
 
 def _head(model: Decoder, temperature: float, hidden: jax.Array, targets: jax.Array):
-    """hidden [M, D], targets [M] -> the targets' logprobs, and the entropies [M]."""
+    """hidden [K, D], targets [K] -> the targets' logprobs, and the entropies [K]."""
     logits, weights, log_z, logprobs = _softmax(model, temperature, hidden, targets)
     return logprobs, log_z - jnp.sum(weights * logits, axis=-1) / weights.sum(axis=-1)
 
@@ -208,7 +209,7 @@ def _head_and_gradients(
     hidden: jax.Array,
     targets: jax.Array,
 ):
-    """As `_head`, and the gradients [M, D] of the logprobs (and of the entropies) by hidden.
+    """As `_head`, and the gradients [K, D] of the logprobs (and of the entropies) by hidden.
 
     With w_v the kernel's columns and p the distribution, both need m = sum_v p_v w_v and no more:
     d logprob / d hidden = (w_target - m) / temperature, and the mean logit, of which the entropy is
@@ -223,7 +224,7 @@ def _head_and_gradients(
         return jnp.matmul(weights, kernel.T, preferred_element_type=jnp.float32) / z
 
     m = mean(rounded)
-    mean_logits = jnp.einsum("md,md->m", hidden.astype(jnp.float32), m) / temperature
+    mean_logits = jnp.einsum("kd,kd->k", hidden.astype(jnp.float32), m) / temperature
     gradients = [(kernel.T[targets] - m) / temperature]
     if entropy_gradient:  # d entropy = - sum_v p_v (logit_v - mean logit) d logit_v
         spread = (weights * (logits - mean_logits[:, None])).astype(kernel.dtype)
@@ -231,47 +232,50 @@ def _head_and_gradients(
     return (logprobs, log_z - mean_logits), gradients
 
 
-def _chunked(model, hidden, before, targets, *, chunk, n_wanted, temperature, entropy_gradient):
-    """`_head` of hidden[before] and the targets, a chunk at a time; 0 for the chunks that hold none
-    of the first n_wanted.
+def _chunked(model, hidden, before, targets, n_wanted, *, chunk, temperature, entropy_gradient):
+    """`_head` of hidden [M, D] at before [K] and targets [K], a chunk at a time: the values [K], 0
+    in the chunks that hold none of the first n_wanted.
 
     Where a gradient is asked for, it is computed with the value and kept [K, D], so that the
-    backward pass does not come to the head again. (Differentiating through the loop would save the
-    kernel once a chunk.)
+    backward pass does not come to the head again (JAX cannot go back through such a loop).
     """
 
-    def rows(function, hidden):
+    def by_chunks(function, hidden, before, targets, n_wanted):
         @jax.jit  # traced once, for both its uses
         def compute(start):
             b, t = (jax.lax.dynamic_slice_in_dim(x, start, chunk) for x in (before, targets))
             return function(hidden[b], t)
 
-        def step(i, rows):
+        def step(i, values):
             put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=i * chunk, axis=0)
-            return jax.tree.map(put, rows, compute(i * chunk))
+            return jax.tree.map(put, values, compute(i * chunk))
 
-        shapes = jax.eval_shape(compute, 0)
-        zeros = jax.tree.map(lambda x: jnp.zeros((len(before), *x.shape[1:]), x.dtype), shapes)
-        return jax.lax.fori_loop(0, (n_wanted + chunk - 1) // chunk, step, zeros)
+        zero = jnp.uint32(0)
+        shapes = jax.eval_shape(compute, zero)
+        values = jax.tree.map(lambda x: jnp.zeros((len(before), *x.shape[1:]), x.dtype), shapes)
+        return jax.lax.fori_loop(zero, (n_wanted + chunk - 1) // chunk, step, values)
 
     @jax.custom_vjp
-    def run(hidden):
-        return rows(partial(_head, model, temperature), hidden)
+    def run(*given):
+        return by_chunks(partial(_head, model, temperature), *given)
 
-    def forward(hidden):
-        return rows(partial(_head_and_gradients, model, temperature, entropy_gradient), hidden)
+    def forward(hidden, before, targets, n_wanted):
+        function = partial(_head_and_gradients, model, temperature, entropy_gradient)
+        values, gradients = by_chunks(function, hidden, before, targets, n_wanted)
+        return values, (gradients, before)
 
-    def backward(gradients, cotangents):
+    def backward(saved, cotangents):
+        gradients, before = saved
         weighed = sum(g * c[:, None] for g, c in zip(gradients, cotangents, strict=False))
         total = jnp.zeros(hidden.shape).at[before].add(weighed)  # a prompt's last comes repeatedly
-        return (total.astype(hidden.dtype),)
+        return total.astype(hidden.dtype), None, None, None
 
     run.defvjp(forward, backward)
-    return run(hidden)
+    return run(hidden, before, targets, n_wanted)
 
 
 def _chunks(n: int, vocab_size: int) -> tuple[int, int]:
     """How many of n tokens are in a chunk, and how many chunks there are: all alike, so that the
-    last one is not mostly filling."""
+    last one is not mostly filling where all n are trained."""
     n_chunks = -(-n // max(8, HEAD_CHUNK_FLOATS // vocab_size // 8 * 8))
     return -(-n // n_chunks), n_chunks

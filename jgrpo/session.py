@@ -86,15 +86,16 @@ class Policy:
 
 
 def configure_jax() -> None:
-    """Keep compiled programs on disk (JAX_COMPILATION_CACHE_DIR, else ~/.cache/jgrpo/xla), and let
-    float32 products be float32 on a GPU too (JAX's default there is TF32; bfloat16 is as it was).
+    """Keep compiled programs on disk (JAX_COMPILATION_CACHE_DIR, else ~/.cache/jgrpo/xla); let
+    float32 products be float32 on a GPU too (JAX's default there is TF32; bfloat16 is as it was);
+    and let Python's collector run less often, in the whole process.
     """
     jax.config.update("jax_default_matmul_precision", "highest")
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "jgrpo" / "xla"
     folder = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(default))
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
-    gc.set_threshold(50_000)  # while JAX traces, a tenth of the time is the collector's at 700
+    gc.set_threshold(50_000)  # at 700, a tenth of the time that JAX traces is the collector's
 
 
 def open_problems(config: Config) -> Problems:

@@ -123,14 +123,31 @@ def whole(checkpoint):
     return parts, value_and_gradient(*parts)
 
 
-@pytest.mark.parametrize("chunks", [(8, 12), (20, 5)])
+@pytest.mark.parametrize("chunks", [(8, 12), (40, 3), (100, 1)])
 def test_chunks_change_nothing(whole, monkeypatch, chunks):
-    # 45 of 96 tokens are trained: the sixth chunk of 8 is cut and six are skipped; of 20, three are
-    # needed, and the fifth reaches beyond the 96.
+    # 45 of 96 tokens are trained: the sixth chunk of 8 is cut and six are skipped; of 40, two are
+    # needed, and the third reaches beyond the 96; so does that of 100, which is.
     assert (BATCH.rows.size, N_TRAINED) == (96, 45)
     parts, whole = whole
     monkeypatch.setattr(module, "_chunks", lambda n, vocab_size: chunks)
     assert_equal(value_and_gradient(*parts), whole)
+
+
+@pytest.mark.parametrize("trained", [0, 1])
+def test_with_no_token_trained_and_with_every_slot_trained(checkpoint, trained):
+    full = Rows([[5] * 32] * 2, [[6] * 64] * 2, [[0.0] * 64] * 2, np.ones(2, np.float32))
+    batch = in_one_batch(full)
+    batch = batch._replace(mask=batch.mask * np.float32(trained))
+    assert batch.mask.sum() == trained * batch.rows.size
+    parts = adapted(checkpoint("qwen3-tied"), 2)
+
+    def total(adapter):
+        logprobs, _ = token_logprobs(nnx.merge(parts[0], adapter, parts[2]), batch)
+        return logprobs.sum(), (logprobs < 0).sum()
+
+    (_, n), gradient = jax.value_and_grad(total, has_aux=True)(parts[1])
+    assert n == batch.mask.sum()
+    assert {bool(x.any()) for x in jax.tree.leaves(gradient)} == {bool(trained)}
 
 
 def test_padding_that_is_not_computed_changes_nothing(whole):
