@@ -182,6 +182,7 @@ def _attend(implementation: str, batch, tokens, among_prompts, among_rows, q, k,
     return _from_slots(of_prompts, of_rows, batch, tokens), None
 
 
+# The same functions each time, so that JAX finds the trace of a layer again.
 _ATTEND = {name: partial(_attend, name) for name in ("xla", "cudnn")}
 
 
@@ -240,28 +241,13 @@ def _chunked(model, hidden, before, targets, n_wanted, *, chunk, temperature, en
     backward pass does not come to the head again (JAX cannot go back through such a loop).
     """
 
-    def by_chunks(function, hidden, before, targets, n_wanted):
-        @jax.jit  # traced once, for both its uses
-        def compute(start):
-            b, t = (jax.lax.dynamic_slice_in_dim(x, start, chunk) for x in (before, targets))
-            return function(hidden[b], t)
-
-        def step(i, values):
-            put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=i * chunk, axis=0)
-            return jax.tree.map(put, values, compute(i * chunk))
-
-        zero = jnp.uint32(0)
-        shapes = jax.eval_shape(compute, zero)
-        values = jax.tree.map(lambda x: jnp.zeros((len(before), *x.shape[1:]), x.dtype), shapes)
-        return jax.lax.fori_loop(zero, (n_wanted + chunk - 1) // chunk, step, values)
-
     @jax.custom_vjp
     def run(*given):
-        return by_chunks(partial(_head, model, temperature), *given)
+        return _by_chunks(partial(_head, model, temperature), chunk, *given)
 
     def forward(hidden, before, targets, n_wanted):
         function = partial(_head_and_gradients, model, temperature, entropy_gradient)
-        values, gradients = by_chunks(function, hidden, before, targets, n_wanted)
+        values, gradients = _by_chunks(function, chunk, hidden, before, targets, n_wanted)
         return values, (gradients, before)
 
     def backward(saved, cotangents):
@@ -272,6 +258,24 @@ def _chunked(model, hidden, before, targets, n_wanted, *, chunk, temperature, en
 
     run.defvjp(forward, backward)
     return run(hidden, before, targets, n_wanted)
+
+
+def _by_chunks(function, chunk, hidden, before, targets, n_wanted):
+    """`function` of hidden[before] and the targets, as many chunks as hold the first n_wanted."""
+
+    @jax.jit  # traced once, for both its uses
+    def compute(start):
+        b, t = (jax.lax.dynamic_slice_in_dim(x, start, chunk) for x in (before, targets))
+        return function(hidden[b], t)
+
+    def step(i, values):
+        put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=i * chunk, axis=0)
+        return jax.tree.map(put, values, compute(i * chunk))
+
+    zero = jnp.uint32(0)
+    shapes = jax.eval_shape(compute, zero)
+    values = jax.tree.map(lambda x: jnp.zeros((len(before), *x.shape[1:]), x.dtype), shapes)
+    return jax.lax.fori_loop(zero, (n_wanted + chunk - 1) // chunk, step, values)
 
 
 def _chunks(n: int, vocab_size: int) -> tuple[int, int]:
