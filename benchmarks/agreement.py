@@ -33,16 +33,16 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent))
 from torch_baseline import Baseline, adapter_weights, advantages_of, load_adapter, open_model
 
-from jgrpo import adapter as adapters
 from jgrpo.advantages import group_advantages, leave_one_out
-from jgrpo.batch import Rows
 from jgrpo.cli import resumed_config
-from jgrpo.compare import saved_rows
 from jgrpo.config import Config, load_config
 from jgrpo.errors import InputError, RunError, exit_status
-from jgrpo.learner import Learner, needs_base
-from jgrpo.session import Policy, configure_jax, open_policy
+from jgrpo.policy import adapter as adapters
+from jgrpo.policy.batch import Rows
+from jgrpo.run.session import Policy, configure_jax, open_policy
+from jgrpo.study.compare import saved_rows
 from jgrpo.train import train
+from jgrpo.update.learner import Learner, needs_base
 
 TINY = Path(__file__).parents[1] / "configs" / "tiny.py"
 TINY_RUN = {

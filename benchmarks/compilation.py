@@ -37,11 +37,11 @@ def compile_all(cache: str, n_rollouts: int) -> dict[str, tuple[int, float]]:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
     import jax
 
-    from jgrpo.compare import saved_rows
-    from jgrpo.learner import Learner
-    from jgrpo.sampler import JaxSampler
-    from jgrpo.session import configure_jax
-    from jgrpo.update import _stacked
+    from jgrpo.rollout.embedded import JaxSampler
+    from jgrpo.run.session import configure_jax
+    from jgrpo.study.compare import saved_rows
+    from jgrpo.update.learner import Learner
+    from jgrpo.update.step import _stacked
 
     configure_jax()
     shape, spent = SHAPES["135m"], []

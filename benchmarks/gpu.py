@@ -35,14 +35,14 @@ from speed import SHAPES, config_of, make_lines
 from speed import Args as SpeedArgs
 from transformers import AutoConfig
 
-from jgrpo.batch import Rows
-from jgrpo.compare import saved_rows
 from jgrpo.config import Config
 from jgrpo.errors import InputError, exit_status
-from jgrpo.learner import Learner
-from jgrpo.lora import split
-from jgrpo.model import Decoder, ModelConfig
-from jgrpo.session import configure_jax
+from jgrpo.policy.batch import Rows
+from jgrpo.policy.lora import split
+from jgrpo.policy.model import Decoder, ModelConfig
+from jgrpo.run.session import configure_jax
+from jgrpo.study.compare import saved_rows
+from jgrpo.update.learner import Learner
 
 
 @dataclass

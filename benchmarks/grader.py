@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from answer_cases import rewrites
 from fuzz_answers import real_golds
 
-from jgrpo.answers import last_boxed, quick_verdict
-from jgrpo.grader import Grader, Pair
+from jgrpo.answers.equal import last_boxed, quick_verdict
+from jgrpo.answers.grader import Grader, Pair
 
 
 @cache

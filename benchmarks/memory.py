@@ -24,10 +24,10 @@ def setting(micro_batch_size: int, gradient_checkpointing: bool) -> dict:
     """Bytes that are predicted and measured for one setting."""
     from pathlib import Path
 
-    from jgrpo.compare import saved_rows
-    from jgrpo.learner import Learner
-    from jgrpo.memory import training_memory
-    from jgrpo.session import Policy, configure_jax
+    from jgrpo.run.memory import training_memory
+    from jgrpo.run.session import Policy, configure_jax
+    from jgrpo.study.compare import saved_rows
+    from jgrpo.update.learner import Learner
 
     configure_jax()
     shape = SHAPES["135m"]

@@ -19,10 +19,10 @@ from sampler import ROOT, TINY_BASE, VllmSampler, vllm_server
 from speed import QWEN3_1_7B
 from transformers import AutoConfig, AutoTokenizer
 
-from jgrpo.adapter import AdapterConfig, save
 from jgrpo.config import Config
-from jgrpo.lora import fresh_adapter
-from jgrpo.session import open_policy
+from jgrpo.policy.adapter import AdapterConfig, save
+from jgrpo.policy.lora import fresh_adapter
+from jgrpo.run.session import open_policy
 
 MOST_S = 0.5
 

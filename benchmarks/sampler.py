@@ -19,18 +19,18 @@ import numpy as np
 import tyro
 
 import jgrpo
-from jgrpo.adapter import AdapterConfig, save
 from jgrpo.cli import tune_allocator
 from jgrpo.config import load_config
-from jgrpo.sampler import JaxSampler
-from jgrpo.session import Policy, open_policy
-from jgrpo.vllm import VllmSampler
+from jgrpo.policy.adapter import AdapterConfig, save
+from jgrpo.rollout.embedded import JaxSampler
+from jgrpo.rollout.vllm import VllmSampler
+from jgrpo.run.session import Policy, open_policy
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from vllm_server import vllm_server
 
 ROOT = Path(__file__).parents[1]
-TINY_BASE = Path(jgrpo.__file__).with_name("tiny_base")
+TINY_BASE = Path(jgrpo.__file__).with_name("tiny") / "base"
 
 
 @dataclass

@@ -21,14 +21,14 @@ from flax import nnx
 from matplotlib.figure import Figure
 from transformers import LlamaConfig
 
-from jgrpo.batch import Rows
 from jgrpo.cli import tune_allocator
 from jgrpo.config import Config
-from jgrpo.learner import Learner
-from jgrpo.lora import split
-from jgrpo.model import Decoder, ModelConfig
 from jgrpo.plot import COLOURS, GRID, INK
-from jgrpo.session import configure_jax
+from jgrpo.policy.batch import Rows
+from jgrpo.policy.lora import split
+from jgrpo.policy.model import Decoder, ModelConfig
+from jgrpo.run.session import configure_jax
+from jgrpo.update.learner import Learner
 
 GROUP_SIZE = 4
 

@@ -144,8 +144,8 @@ def random_model(config: Config, shape: Shape) -> tuple[Any, Any, Any]:
     from flax import nnx
     from transformers import AutoConfig
 
-    from jgrpo.lora import split
-    from jgrpo.model import Decoder, ModelConfig
+    from jgrpo.policy.lora import split
+    from jgrpo.policy.model import Decoder, ModelConfig
 
     return split(Decoder(
         ModelConfig.from_hf(AutoConfig.for_model(**shape.model)), rngs=nnx.Rngs(0),
@@ -219,10 +219,10 @@ Memory = Callable[[], tuple[int, int]]
 def open_jgrpo(config: Config, folder: Path, lines: list[dict], _: int) -> tuple[Learn, Memory]:
     import jax
 
-    from jgrpo import adapter
-    from jgrpo.compare import saved_rows
-    from jgrpo.learner import Learner
-    from jgrpo.session import configure_jax, open_policy
+    from jgrpo.policy import adapter
+    from jgrpo.run.session import configure_jax, open_policy
+    from jgrpo.study.compare import saved_rows
+    from jgrpo.update.learner import Learner
 
     configure_jax()
     policy = open_policy(config)

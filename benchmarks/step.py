@@ -15,7 +15,7 @@ from typing import Annotated
 import tyro
 
 from jgrpo.errors import InputError, exit_status
-from jgrpo.rundir import read_metrics
+from jgrpo.run.rundir import read_metrics
 
 PHASES = ("generation", "training", "reward", "export", "reload")
 

@@ -17,7 +17,7 @@ from trl import GRPOConfig, GRPOTrainer
 import jgrpo
 from jgrpo.config import Config
 
-TINY = jgrpo.__path__[0] + "/tiny_base"
+TINY = jgrpo.__path__[0] + "/tiny/base"
 """A tokenizer has to be given; nothing is ever tokenized."""
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import jgrpo
 from jgrpo.config import Config
 
-BASE = Path(jgrpo.__file__).with_name("tiny_base")  # made by `python -m jgrpo.tiny`
+BASE = Path(jgrpo.__file__).with_name("tiny") / "base"  # made by `python -m jgrpo.tiny`
 
 config = Config(
     model_id=str(BASE),
@@ -22,7 +22,7 @@ config = Config(
     max_tokens=64,
     expected_maximum_length=48,  # of the length penalty, where it is asked for
     overlong_cache=24,
-    prm_model_id=str(BASE / "prm"),  # made by `python -m jgrpo.tiny_prm`
+    prm_model_id=str(BASE / "prm"),  # made by `python -m jgrpo.tiny.prm`
     n_eval_prompts=200,
     eval_every=5,
 )

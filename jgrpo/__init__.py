@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from jgrpo.model import Decoder
+    from jgrpo.policy.model import Decoder
 
 __version__ = "0.1.0"
 __all__ = ["load_model", "save_adapter"]
@@ -30,10 +30,10 @@ def load_model(
     """
     from flax import nnx
 
-    from jgrpo import adapter as adapters
-    from jgrpo import weights
     from jgrpo.config import PROJECTIONS
-    from jgrpo.lora import split
+    from jgrpo.policy import adapter as adapters
+    from jgrpo.policy import weights
+    from jgrpo.policy.lora import split
 
     shape = adapters.AdapterConfig(lora_r, lora_alpha, PROJECTIONS)
     if adapter is not None:
@@ -53,6 +53,6 @@ def load_model(
 
 def save_adapter(model: "Decoder", folder: str | Path) -> None:
     """Write the model's adapter as a PEFT folder, which must not exist yet."""
-    from jgrpo import adapter as adapters
+    from jgrpo.policy import adapter as adapters
 
     adapters.save_model_adapter(model, Path(folder))

@@ -20,8 +20,8 @@ from rich.table import Table
 from jgrpo import cli
 from jgrpo.config import Config
 from jgrpo.errors import InputError, exit_status
-from jgrpo.rundir import jsonable, rollouts_file, write_whole
-from jgrpo.variants import BASELINE, Variant, read_variants
+from jgrpo.run.rundir import jsonable, rollouts_file, write_whole
+from jgrpo.study.variants import BASELINE, Variant, read_variants
 
 USAGE = """usage: python -m jgrpo.ablate {rollouts,runs} [-h] [OPTIONS]
 
@@ -69,9 +69,9 @@ class Rollouts:
 
 def on_rollouts(options: Rollouts, console: Console) -> Path:
     """Compare the variants on a step's rollouts, print the table -> the folder of the report."""
-    from jgrpo import compare as fixed  # only now: help and mistakes do not wait for JAX
-    from jgrpo.report import draw_cosines, table, write_report
-    from jgrpo.session import configure_jax, open_policy, open_scorers
+    from jgrpo.run.session import configure_jax, open_policy, open_scorers
+    from jgrpo.study import compare as fixed  # only now: help and mistakes do not wait for JAX
+    from jgrpo.study.report import draw_cosines, table, write_report
 
     configure_jax()
     sampled_by = options.step - 1
@@ -134,7 +134,7 @@ def variant_on_rollouts(variant: Variant, config: Config) -> Config:
 
 def as_runs(command: cli.AblateRuns, console: Console) -> Path:
     """Train what is not done yet, then report -> the folder of the report."""
-    from jgrpo import report, sweep
+    from jgrpo.study import report, sweep
 
     if command.config is None:
         raise InputError("--config FILE is needed: variants are the files beside it")

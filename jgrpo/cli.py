@@ -17,7 +17,7 @@ import tyro
 
 from jgrpo.config import Config, load_config
 from jgrpo.errors import InputError
-from jgrpo.rundir import read_config
+from jgrpo.run.rundir import read_config
 
 STUDY_FLAGS = {"--no_std_norm": "--no_use_std_norm"}
 """Flags of the PyTorch study that are named otherwise here."""

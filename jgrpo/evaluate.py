@@ -18,10 +18,10 @@ from pathlib import Path
 
 from rich.progress import Progress
 
-from jgrpo.adapter import load, read_config
 from jgrpo.config import Config
-from jgrpo.rundir import is_writable, json_line, write_whole
-from jgrpo.session import (
+from jgrpo.policy.adapter import load, read_config
+from jgrpo.run.rundir import is_writable, json_line, write_whole
+from jgrpo.run.session import (
     configure_jax,
     evaluate,
     open_grader,

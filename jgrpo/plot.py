@@ -17,7 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from jgrpo.errors import InputError, exit_status
-from jgrpo.rundir import read_metrics
+from jgrpo.run.rundir import read_metrics
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's palette (2008), told apart with every common kind of colour blindness."""

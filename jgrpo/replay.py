@@ -19,12 +19,12 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from jgrpo import adapter as adapters
-from jgrpo.checkpoint import Checkpoints
-from jgrpo.compare import read_rollouts, saved_rows
-from jgrpo.learner import Learner
-from jgrpo.rundir import existing_adapter, read_metrics, rollouts_file
-from jgrpo.session import configure_jax, open_policy
+from jgrpo.policy import adapter as adapters
+from jgrpo.run.checkpoint import Checkpoints
+from jgrpo.run.rundir import existing_adapter, read_metrics, rollouts_file
+from jgrpo.run.session import configure_jax, open_policy
+from jgrpo.study.compare import read_rollouts, saved_rows
+from jgrpo.update.learner import Learner
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.02}
 """Largest relative difference that another machine may make (and the same below 1e-6)."""

@@ -22,15 +22,17 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jgrpo import adapter as adapters
 from jgrpo.advantages import group_advantages, leave_one_out
-from jgrpo.checkpoint import Checkpoints
+from jgrpo.answers.grader import Grader
 from jgrpo.checks import without_effect
-from jgrpo.collect import Collector, Rollout
 from jgrpo.config import Config
-from jgrpo.grader import Grader
-from jgrpo.learner import Learner
-from jgrpo.memory import (
+from jgrpo.plot import draw
+from jgrpo.policy import adapter as adapters
+from jgrpo.rewards.parts import combine, custom_rewards, length_penalty
+from jgrpo.rollout.protocol import Sampler
+from jgrpo.run.checkpoint import Checkpoints
+from jgrpo.run.collect import Collector, Rollout
+from jgrpo.run.memory import (
     KNOBS,
     free_memory,
     is_small,
@@ -38,10 +40,7 @@ from jgrpo.memory import (
     ran_out,
     training_memory,
 )
-from jgrpo.plot import draw
-from jgrpo.rewards import combine, custom_rewards, length_penalty
-from jgrpo.rollout import Sampler
-from jgrpo.rundir import (
+from jgrpo.run.rundir import (
     adapter_folder,
     add_resume,
     check_inputs,
@@ -54,8 +53,8 @@ from jgrpo.rundir import (
     write_config,
     write_rollouts,
 )
-from jgrpo.runlog import RunLog
-from jgrpo.session import (
+from jgrpo.run.runlog import RunLog
+from jgrpo.run.session import (
     Policy,
     Problems,
     Scorers,
@@ -70,6 +69,7 @@ from jgrpo.session import (
     open_sampler,
     open_scorers,
 )
+from jgrpo.update.learner import Learner
 
 MOST_SKIPPED = 3
 """Updates in a row that may be skipped because they are not finite, before the run ends."""

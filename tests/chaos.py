@@ -29,7 +29,7 @@ from tiny_run import (
 )
 
 from jgrpo.config import Config
-from jgrpo.rundir import read_config, read_metrics
+from jgrpo.run.rundir import read_config, read_metrics
 
 WATCHED = {
     "a start": "",

@@ -30,8 +30,8 @@ from flax import nnx
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 import jgrpo
-from jgrpo.batch import MicroBatch, Rows, Shape, _fill, _pack, bucket
-from jgrpo.lora import LoRAParam, split
+from jgrpo.policy.batch import MicroBatch, Rows, Shape, _fill, _pack, bucket
+from jgrpo.policy.lora import LoRAParam, split
 
 # A shell's background jobs ignore Ctrl-C, and so would all that a test starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -11,9 +11,9 @@ from typing import Any
 import mpmath
 from hypothesis import strategies as st
 
-from jgrpo import answers
-from jgrpo.grader import Grader, Pair
-from jgrpo.latex import normalize
+from jgrpo.answers import equal as answers
+from jgrpo.answers.grader import Grader, Pair
+from jgrpo.answers.latex import normalize
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 SOME_GOLDS = (

@@ -20,11 +20,15 @@ from fuzz_answers import edits, mutated
 from hypothesis import strategies as st
 from safetensors.numpy import save
 
-from jgrpo import adapter, cli, compare, replies, rundir
+from jgrpo import cli
 from jgrpo.checks import without_effect
 from jgrpo.config import PROJECTIONS, Config, load_config
 from jgrpo.errors import InputError, RunError
-from jgrpo.lora import LoRAParam
+from jgrpo.policy import adapter
+from jgrpo.policy.lora import LoRAParam
+from jgrpo.rollout import replies
+from jgrpo.run import rundir
+from jgrpo.study import compare
 
 
 def attempt(read: Callable[[], Any], *errors: type[BaseException]) -> tuple[Any, Any]:

@@ -15,15 +15,16 @@ import pytest
 from rich.console import Console
 from tiny_run import tiny_config, write_base, write_config_file, write_problems
 
-from jgrpo import cli, compare, report, sweep
+from jgrpo import cli
 from jgrpo.ablate import Rollouts, as_runs, on_rollouts, variant_on_rollouts
-from jgrpo.adapter import adapter_arrays
 from jgrpo.errors import InputError
-from jgrpo.learner import Learner, loss_of
-from jgrpo.rundir import read_metrics
-from jgrpo.session import Scorers, open_policy
+from jgrpo.policy.adapter import adapter_arrays
+from jgrpo.run.rundir import read_metrics
+from jgrpo.run.session import Scorers, open_policy
+from jgrpo.study import compare, report, sweep
+from jgrpo.study.variants import read_variants
 from jgrpo.train import train
-from jgrpo.variants import read_variants
+from jgrpo.update.learner import Learner, loss_of
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 NAMES = ("rank1", "no_std_norm", "clip", "token_level", "dr_grpo", "gspo", "cispo", "rloo",

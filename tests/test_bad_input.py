@@ -21,13 +21,14 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tiny_run import tiny_config, write_base, write_config_file, write_prm, write_problems
 
-from jgrpo import adapter as adapters
-from jgrpo import learner, session
-from jgrpo.checkpoint import Checkpoints
-from jgrpo.learner import Learner
-from jgrpo.rundir import json_line, write_config
-from jgrpo.sampler import JaxSampler
-from jgrpo.tiny import make_tokenizer
+from jgrpo.policy import adapter as adapters
+from jgrpo.rollout.embedded import JaxSampler
+from jgrpo.run import session
+from jgrpo.run.checkpoint import Checkpoints
+from jgrpo.run.rundir import json_line, write_config
+from jgrpo.tiny.recipe import make_tokenizer
+from jgrpo.update import learner
+from jgrpo.update.learner import Learner
 
 ROOT = Path(__file__).parent.parent
 Damage = Callable[[Path], object]

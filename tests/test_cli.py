@@ -13,7 +13,7 @@ from jgrpo import cli
 from jgrpo.cli import Evaluate, Serve, Train, parse
 from jgrpo.config import PROJECTIONS, Config
 from jgrpo.errors import InputError
-from jgrpo.rundir import write_config
+from jgrpo.run.rundir import write_config
 
 ROOT = Path(__file__).parent.parent
 FIELDS = [field.name for field in dataclasses.fields(Config)]

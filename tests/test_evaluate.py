@@ -12,7 +12,7 @@ from tiny_run import read_lines, tiny_config, write_base, write_config_file, wri
 
 from jgrpo import evaluate
 from jgrpo.errors import InputError
-from jgrpo.rundir import read_metrics
+from jgrpo.run.rundir import read_metrics
 from jgrpo.train import train
 
 pytestmark = pytest.mark.usefixtures("shared_compilation_cache")

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from jgrpo.losses import LOSSES
-from jgrpo.update import loss_denominator
+from jgrpo.update.step import loss_denominator
 
 
 class Case(NamedTuple):

@@ -20,7 +20,8 @@ MODULES = sorted(set(re.findall(r"python -m jgrpo\.(\w+)", README)))
 
 @pytest.mark.parametrize("module", MODULES)
 def test_commands_are_modules(module):
-    assert (ROOT / "jgrpo" / f"{module}.py").is_file()
+    files = ROOT / "jgrpo" / f"{module}.py", ROOT / "jgrpo" / module / "__main__.py"
+    assert any(file.is_file() for file in files)
 
 
 @pytest.mark.parametrize("line", [c for c in COMMANDS if "-m jgrpo." in c and "plot" not in c])

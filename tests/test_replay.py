@@ -10,7 +10,7 @@ from tiny_run import tiny_config, write_base, write_problems
 from jgrpo import replay as module
 from jgrpo.errors import InputError
 from jgrpo.replay import difference, replay
-from jgrpo.rundir import read_metrics
+from jgrpo.run.rundir import read_metrics
 from jgrpo.train import train
 
 pytestmark = pytest.mark.usefixtures("shared_compilation_cache")

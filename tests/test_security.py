@@ -23,16 +23,16 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from tiny_run import tiny_config, write_base, write_problems
 
-from jgrpo.adapter import load
 from jgrpo.config import Config, load_config
 from jgrpo.errors import InputError, RunError
-from jgrpo.lora import split
-from jgrpo.rows import read_splits
-from jgrpo.rundir import run_id, write_config
-from jgrpo.session import open_policy, open_problems
+from jgrpo.policy.adapter import load
+from jgrpo.policy.lora import split
+from jgrpo.policy.weights import abstract_model, load_model
+from jgrpo.prompts.rows import read_splits
+from jgrpo.rollout.vllm import VllmSampler
+from jgrpo.run.rundir import run_id, write_config
+from jgrpo.run.session import open_policy, open_problems
 from jgrpo.train import train
-from jgrpo.vllm import VllmSampler
-from jgrpo.weights import abstract_model, load_model
 
 pytestmark = pytest.mark.usefixtures("shared_compilation_cache")
 ROOT = Path(__file__).parent.parent

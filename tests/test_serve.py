@@ -19,7 +19,7 @@ from vllm_server import END, vllm_server
 from jgrpo import serve
 from jgrpo.config import Config
 from jgrpo.errors import InputError, RunError
-from jgrpo.vllm import VllmSampler
+from jgrpo.rollout.vllm import VllmSampler
 
 CONFIG = Config(
     model_id="some/model",

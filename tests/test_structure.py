@@ -1,4 +1,4 @@
-"""What holds for the package as a whole: its layers, its options, and what it must not contain."""
+"""What holds for the package as a whole: its floors, its options, and what it must not contain."""
 
 import ast
 import dataclasses
@@ -13,42 +13,50 @@ import pytest
 from jgrpo.config import Config
 
 ROOT = Path(__file__).parent.parent
-FILES = sorted((ROOT / "jgrpo").glob("*.py"))
-TREES = {file.stem: ast.parse(file.read_text("utf-8")) for file in FILES}
+PACKAGE = ROOT / "jgrpo"
+FILES = sorted(PACKAGE.rglob("*.py"))
+TREES = {
+    ".".join(file.relative_to(PACKAGE).with_suffix("").parts): ast.parse(file.read_text("utf-8"))
+    for file in FILES
+}
 
-# design.md, section 3: a module imports only from layers below its own. Layers 0 and 2 have floors.
-LAYERS = [
-    {"errors", "latex", "remat", "tape"},
-    {"checks", "algebra", "advantages", "losses", "lora", "rows", "tokenizer", "rewards"}
-    | {"attention", "provenance"},
-    {"answers", "config"},
-    {"grader", "model", "prompts", "batch", "rollout", "rundir"},
-    {"cli", "logprobs", "weights", "adapter", "replies", "checkpoint", "runlog", "plot"},
-    {"sampler", "prm", "vllm"},
-    {"update", "session"},
-    {"learner", "collect", "variants"},
-    {"compare", "report", "memory"},
-    {"train", "evaluate", "replay", "serve", "tiny", "__init__"},
-    {"sweep", "tiny_prm"},
-    {"ablate"},
+# Floors of the house (docs/architecture.md): a room is a folder, or a file beside the folders. It
+# imports from floors below its own, and within itself; the files of a floor, from each other.
+FLOORS = [
+    {"config", "checks", "errors", "losses", "advantages"},
+    {"answers"},
+    {"policy", "prompts"},
+    {"update", "rollout", "rewards"},
+    {"run"},
+    {"study", "cli"},
+    {"train", "evaluate", "serve", "replay", "ablate", "plot", "__init__"},
+    {"tiny"},
 ]
-LAYER_OF = {module: i for i, modules in enumerate(LAYERS) for module in modules}
-PURE = ("advantages", "latex", "remat", "tape", "algebra", "answers", "losses", "lora", "batch",
-        "rollout")  # fmt: skip
-LIGHT = ("errors", "config", "cli", "rundir", "rewards", "grader", "advantages", "answers",
-         "rollout", "checks", "batch", "serve", "vllm")  # fmt: skip
+FLOOR_OF = {room: i for i, rooms in enumerate(FLOORS, 1) for room in rooms}
+FOLDERS = {file.parent.name for file in FILES} - {"jgrpo"}
+PURE = ("advantages", "losses", "answers.latex", "answers.algebra", "answers.equal",
+        "policy.remat", "policy.tape", "policy.lora", "policy.batch",
+        "rollout.protocol")  # fmt: skip
+LIGHT = ("errors", "config", "cli", "checks", "advantages", "serve", "answers.equal",
+         "answers.grader", "rewards.parts", "rollout.protocol", "rollout.vllm", "run.rundir",
+         "study.variants")  # fmt: skip
+
+
+def room(module: str) -> str:
+    return module.split(".")[0]
 
 
 def imported(tree: ast.AST) -> Iterator[str]:
-    """Our modules that a file imports, also inside functions."""
+    """Our modules that a file imports, also inside functions; `from room import name` as room.name,
+    whether that name is a file or what the room hands on."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module == "jgrpo":
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("jgrpo."):
-            yield node.module.split(".")[1]
+        if isinstance(node, ast.ImportFrom) and room(node.module or "") == "jgrpo":
+            where = node.module.split(".")[1:]
+            names = [".".join((*where, alias.name)) for alias in node.names]
+            yield from (".".join(where) if ".".join(where) in TREES else name for name in names)
         elif isinstance(node, ast.Import):
             names = [alias.name.split(".") for alias in node.names]
-            yield from (name[1] for name in names if name[0] == "jgrpo" and len(name) > 1)
+            yield from (".".join(name[1:]) for name in names if name[0] == "jgrpo" and name[1:])
 
 
 def outside(tree: ast.AST) -> set[str]:
@@ -63,19 +71,38 @@ def outside(tree: ast.AST) -> set[str]:
     return names - {"jgrpo"}
 
 
-def test_every_module_has_a_layer():
-    assert set(LAYER_OF) == set(TREES)
+def test_every_room_has_a_floor():
+    assert set(FLOOR_OF) == {room(module) for module in TREES}
 
 
 @pytest.mark.parametrize("module", TREES)
 def test_imports_point_down(module):
-    wrong = {name for name in imported(TREES[module]) if LAYER_OF[name] >= LAYER_OF[module]}
-    assert not wrong, f"{module} (layer {LAYER_OF[module]}) imports {wrong}"
+    own = room(module)
+    for name in map(room, imported(TREES[module])):
+        beside = name not in FOLDERS and own not in FOLDERS and FLOOR_OF[name] == FLOOR_OF[own]
+        ok = name == own or beside or FLOOR_OF[name] < FLOOR_OF[own] or (module, name) in UP
+        assert ok, f"{module} (floor {FLOOR_OF[own]}) imports {name} (floor {FLOOR_OF[name]})"
+
+
+UP = {("study.sweep", "train"), ("study.report", "plot")}
+
+
+@pytest.mark.parametrize("folder", sorted(FOLDERS))
+def test_a_room_says_what_it_is_for(folder):
+    tree = TREES[f"{folder}.__init__"]
+    assert len(ast.get_docstring(tree).splitlines()) <= 3
+    assert not [n for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef)]
+
+
+def test_tests_mirror_the_rooms():
+    """A test of jgrpo/policy/model.py is tests/policy/test_model.py."""
+    for file in (ROOT / "tests").glob("*/test_*.py"):
+        assert file.parent.name in FOLDERS, file
 
 
 @pytest.mark.parametrize("module", PURE)
 def test_a_pure_module_knows_no_config_and_touches_no_files(module):
-    assert not set(imported(TREES[module])) - {"errors", "latex", "algebra"}
+    assert not {n.split(".")[-1] for n in imported(TREES[module])} - {"errors", "latex", "algebra"}
     assert not outside(TREES[module]) & {"os", "io", "shutil", "subprocess", "httpx", "rich"}
     calls = {n.func.id for n in ast.walk(TREES[module])
              if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}  # fmt: skip
@@ -130,8 +157,8 @@ def test_every_option_says_what_it_means():
 
 CHECKED = [
     file
-    for pattern in ("jgrpo/**/*.py", "tests/*.py", "configs/*", "benchmarks/*.py", "docs/*", "*.md",
-                    "*.toml", ".ci/*")
+    for pattern in ("jgrpo/**/*.py", "tests/**/*.py", "configs/*", "benchmarks/*.py", "docs/*",
+                    "*.md", "*.toml", ".ci/*")
     for file in ROOT.glob(pattern)
     if file.is_file() and file.suffix in {".py", ".md", ".toml", ""}
 ]  # fmt: skip

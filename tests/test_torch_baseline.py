@@ -20,14 +20,14 @@ from conftest import adapted, in_one_batch, merged
 from flax import nnx
 
 import jgrpo
-from jgrpo.adapter import adapter_arrays
 from jgrpo.advantages import group_advantages, leave_one_out
-from jgrpo.batch import completion_mask
-from jgrpo.compare import saved_rows
 from jgrpo.config import Config
-from jgrpo.learner import Learner, loss_of
-from jgrpo.logprobs import token_logprobs
-from jgrpo.update import loss_denominator
+from jgrpo.policy.adapter import adapter_arrays
+from jgrpo.policy.batch import completion_mask
+from jgrpo.policy.logprobs import token_logprobs
+from jgrpo.study.compare import saved_rows
+from jgrpo.update.learner import Learner, loss_of
+from jgrpo.update.step import loss_denominator
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from agreement import NARROW, VARIANTS, arrays_of, in_float64, relative_error

@@ -31,8 +31,8 @@ from tiny_run import (
 
 from jgrpo import train as train_module
 from jgrpo.errors import InputError, RunError
-from jgrpo.rundir import claimed, read_config, read_metrics
-from jgrpo.tiny import END, make_tokenizer
+from jgrpo.run.rundir import claimed, read_config, read_metrics
+from jgrpo.tiny.recipe import END, make_tokenizer
 from jgrpo.train import Loop, train
 
 ROOT = Path(__file__).parent.parent

@@ -35,12 +35,12 @@ from vllm_server import vllm_server
 
 import jgrpo
 from jgrpo import train as train_module
-from jgrpo.checkpoint import Checkpoints
 from jgrpo.config import Config
 from jgrpo.errors import RunError
-from jgrpo.rundir import read_metrics
+from jgrpo.rollout.vllm import VllmSampler
+from jgrpo.run.checkpoint import Checkpoints
+from jgrpo.run.rundir import read_metrics
 from jgrpo.train import train
-from jgrpo.vllm import VllmSampler
 
 pytestmark = [
     pytest.mark.usefixtures("shared_compilation_cache"),
@@ -52,7 +52,7 @@ pytestmark = [
 ]
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
-TINY_BASE = Path(jgrpo.__file__).with_name("tiny_base")
+TINY_BASE = Path(jgrpo.__file__).with_name("tiny") / "base"
 STEPS = 5
 
 

@@ -18,7 +18,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from transformers import Qwen2Config, Qwen2Model, Qwen3Config, Qwen3ForCausalLM
 
 from jgrpo.config import Config
-from jgrpo.tiny import END, make_tokenizer
+from jgrpo.tiny.recipe import END, make_tokenizer
 
 ANSWERS = "5678"
 SUMS = [(a, b) for a in range(9) for b in range(9) if str(a + b) in ANSWERS]

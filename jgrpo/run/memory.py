@@ -1,0 +1,121 @@
+"""What training will take of the device's memory, before anything is loaded or sampled: the largest
+micro-batch is compiled, and the compiler says what it needs."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.errors import JaxRuntimeError
+
+from jgrpo.config import Config
+from jgrpo.policy.batch import MicroBatch, Rows, micro_batches
+from jgrpo.run.session import Policy
+from jgrpo.update.learner import Learner
+
+KNOBS = (
+    "a smaller --micro_batch_size or --gradient_checkpointing needs less (--resume takes both), "
+    "and so does a run with --dtype bfloat16 or a smaller --max_tokens"
+)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that the training phase holds at its peak."""
+
+    base: int
+    """The frozen weights."""
+    adapter: int
+    """Adapter, Adam's two moments, and the gradient that is summed up."""
+    activations: int
+    """What the largest micro-batch's program needs beside them: activations and a chunk of logits.
+    """
+    batch: MicroBatch
+    """That micro-batch."""
+
+    @property
+    def total(self) -> int:
+        return self.base + self.adapter + self.activations
+
+    def table(self, free: int | None) -> str:
+        """For the terminal; `free` as from `free_memory`."""
+        (p, s), (r, u) = self.batch.prompts.shape, self.batch.rows.shape
+        tokens = f"{p} x {s} prompt and {r} x {u} completion tokens"
+        lines = [
+            ("base model", self.base),
+            ("adapter, Adam's moments, gradient", self.adapter),
+            (f"largest micro-batch ({tokens})", self.activations),
+            ("training phase at its peak", self.total),
+            *([("free now", free)] if free is not None else []),
+        ]
+        width = max(len(name) for name, _ in lines)
+        text = "\n".join(f"{name:{width}}  {size / 2**30:9.3f} GiB" for name, size in lines)
+        if free is not None and self.total > free:
+            text += f"\nThis does not fit: {KNOBS}."
+        return text
+
+
+def largest_micro_batch(config: Config, prompt_lengths: Sequence[int]) -> MicroBatch:
+    """Of a rollout in which every completion is as long as it may be, after the longest prompts."""
+    c = config
+    longest = sorted(prompt_lengths)[-c.n_prompts_per_step :]
+    prompts = [[p] * n for p, n in enumerate(longest) for _ in range(c.group_size)]
+    completions = [[0] * c.max_tokens] * len(prompts)
+    logprobs = [[0.0] * c.max_tokens] * len(prompts)
+    rows = Rows(prompts, completions, logprobs, np.ones(len(prompts), np.float32))
+    index = np.arange(len(prompts) // c.updates_per_epoch)
+    return micro_batches(
+        rows,
+        index,
+        micro_batch_size=c.micro_batch_size,
+        max_prompt_tokens=c.max_prompt_tokens,
+        max_tokens=c.max_tokens,
+    )[0]
+
+
+def training_memory(config: Config, policy: Policy, prompt_lengths: Sequence[int]) -> Memory:
+    """Of a policy's shapes alone (`open_policy(config, abstract=True)`); seconds to a minute, for
+    the compiler. The sampler's memory and the server's are not in it."""
+    batch = largest_micro_batch(config, prompt_lengths)
+    learner = Learner(config, policy.graph, policy.adapter, policy.base)
+    adapter, opt_state = learner.state
+    stats: Any = learner.update.compiled(adapter, policy.base, batch).memory_analysis()
+    donated = stats.alias_size_in_bytes - _size(adapter)  # the tape; the gradient counts below
+    return Memory(
+        base=_size(policy.base),
+        adapter=2 * _size(adapter) + _size(opt_state),
+        activations=donated + stats.temp_size_in_bytes,
+        batch=batch,
+    )
+
+
+def is_small(policy: Policy) -> bool:
+    """Does the model take so little of the free memory that its training need not be tried?"""
+    free = free_memory()
+    return free is None or 50 * _size(policy.base) < free
+
+
+def _size(tree) -> int:
+    return sum(x.size * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
+
+
+def free_memory() -> int | None:
+    """Bytes free on the first device (on the CPU: what the system could give), if it says so."""
+    stats = jax.devices()[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return int(stats["bytes_limit"] - stats["bytes_in_use"])
+    try:
+        meminfo = Path("/proc/meminfo").read_text()
+    except OSError:
+        return None
+    available = re.search(r"MemAvailable:\s+(\d+) kB", meminfo)
+    return int(available[1]) * 1024 if available and jax.default_backend() == "cpu" else None
+
+
+def ran_out(error: BaseException) -> bool:
+    """Is this the device out of memory?"""
+    return isinstance(error, JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)

@@ -1,0 +1,241 @@
+"""What a run tells: metrics to JSON lines, TensorBoard and the terminal; phases with a bar each.
+
+On a terminal two bars (steps, and the phase at work) stay below the lines that scroll by. Elsewhere
+(a file, a pipe) there are only the lines, without control codes.
+"""
+
+import contextlib
+import logging
+import math
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.text import Text
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+
+from jgrpo.errors import RunError, printable
+from jgrpo.rollout.protocol import Progress as Advance
+from jgrpo.run.rundir import json_line, jsonable, truncate_metrics
+
+COLUMNS = (
+    ("acc", 8, "train/accuracy", "{:.3f}"),
+    ("reward", 8, "train/reward_mean", "{:.3f}"),
+    ("len", 8, "train/avg_gen_length", "{:.1f}"),
+    ("gap", 9, "sampler/logprob_diff_mean", "{:.1e}"),
+    ("|grad|", 9, "train/grad_norm", "{:.2g}"),
+    ("kl", 9, "train/approx_kl", "{:.1e}"),
+    ("time", 9, "time/step", "{:.1f}s"),
+    ("tok/s", 9, "tokens_per_s", "{:.0f}"),
+)
+"""Title, width, tag and format; the last ones are left out where the terminal is too narrow."""
+LEGEND = (
+    "acc, reward, len: means of the step's completions (len in tokens)\n"
+    "gap: mean |sampler logprob - trainer logprob|; tok/s: trained tokens per second"
+)
+
+
+def is_evaluation(tag: str) -> bool:
+    return tag.startswith("eval/") or tag == "time/evaluation"
+
+
+class RunLog:
+    """The log of one run; a context manager, so that the terminal is whole again after an error.
+
+    `resume_step`: go on after this step; what was logged of later ones is removed (TensorBoard:
+    hidden by the first event of the next file). `live` and `console` follow the terminal unless
+    given. The seconds of each phase add up in `seconds`, until `take_seconds` hands them over.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        n_steps: int,
+        *,
+        resume_step: int | None = None,
+        live: bool | None = None,
+        console: Console | None = None,
+    ) -> None:
+        self.console = console or Console(highlight=False)
+        self.seconds: dict[str, float] = {}
+        self._run_dir = run_dir
+        self._n_steps = n_steps
+        self._header_shown = False
+        rows = [] if resume_step is None else truncate_metrics(run_dir, resume_step)
+        # Unbuffered: one write a line, so that a killed run tears at most the last.
+        self._file = (run_dir / "metrics.jsonl").open("ab", buffering=0)
+        # Names go by the second; TensorBoard reads the files in the order of their names.
+        n_files = len(list(run_dir.glob("events.out.tfevents.*")))
+        # Not SummaryWriter: its thread would keep the last points back, and on a full disk die.
+        self._events = EventsWriter(str(run_dir / "events"), f".{n_files:06d}")
+        if resume_step is not None:
+            start = SessionLog(status=SessionLog.START)
+            self._events.write_event(Event(step=resume_step, session_log=start))
+            for row in rows:  # the last step's again: a kill may have come between the two logs
+                if row["step"] == resume_step:
+                    self._add_event(row)
+        self._progress = Progress(
+            TextColumn("{task.description:<10}"),
+            BarColumn(bar_width=16),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            _Rate(),
+            console=self.console,
+            transient=True,
+            disable=not (self.console.is_terminal if live is None else live),
+            # The time left follows the mean of the whole run; rich's 30 s can be less than a step.
+            speed_estimate_period=math.inf,
+        )
+        self._steps = self._progress.add_task("steps", total=n_steps, completed=resume_step or 0)
+        self._phase: TaskID | None = None
+        self._lock = threading.Lock()
+        self._progress.start()
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._progress.stop()
+        self._file.close()
+        with contextlib.suppress(OSError):  # a full disk was told of when it was written to
+            self._events.close()
+
+    def info(self, text: str, *, style: str = "") -> None:
+        """Print text of any origin: nothing in it is taken for markup or a control code."""
+        safe = printable(text, self.console.encoding)
+        self.console.print(Text(safe, style), soft_wrap=not self.console.is_terminal)
+
+    @contextlib.contextmanager
+    def warnings(self) -> Iterator[None]:
+        """Show the package's warnings (`logging`) among the lines, while this lasts."""
+        handler = logging.Handler(logging.WARNING)
+        handler.emit = lambda record: self.info(record.getMessage(), style="yellow")  # type: ignore[method-assign]
+        logging.getLogger("jgrpo").addHandler(handler)
+        try:
+            yield
+        finally:
+            logging.getLogger("jgrpo").removeHandler(handler)
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Write the metrics of one step; those of an evaluation become a line of their own.
+
+        NaN and infinity are null in metrics.jsonl and left out of TensorBoard. Raises RunError if
+        the disk does not take them.
+        """
+        evaluation = {tag: value for tag, value in metrics.items() if is_evaluation(tag)}
+        training = {tag: value for tag, value in metrics.items() if not is_evaluation(tag)}
+        for part in (training, evaluation):
+            if part:
+                self._write(step, jsonable(part))
+        if training:
+            self._show_step(step, jsonable(training))
+            self._progress.update(self._steps, completed=step)
+        if evaluation:
+            self._show_evaluation(step, jsonable(evaluation))
+
+    def take_seconds(self) -> dict[str, float]:
+        """The seconds of each phase since the last call, as `time/<phase>`."""
+        taken = {f"time/{name}": seconds for name, seconds in self.seconds.items()}
+        self.seconds = {}
+        return taken
+
+    @contextlib.contextmanager
+    def phase(self, name: str, total: int | None = None) -> Iterator[Advance]:
+        """Show and time one phase. Yields `advance(completions, tokens)`, safe from any thread."""
+        if self._phase is not None:
+            self._progress.remove_task(self._phase)
+        task = self._phase = self._progress.add_task(name, total=total, tokens=0)
+
+        n_tokens = 0
+
+        def advance(completions: int, tokens: int = 0) -> None:
+            nonlocal n_tokens
+            with self._lock:
+                n_tokens += tokens
+                self._progress.update(task, advance=completions, tokens=n_tokens)
+
+        start_s = time.perf_counter()
+        try:
+            yield advance
+        finally:
+            elapsed_s = time.perf_counter() - start_s
+            self.seconds[name] = self.seconds.get(name, 0.0) + elapsed_s
+            self._progress.stop_task(task)
+
+    def _write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        row = {"step": step, **metrics}
+        line = json_line(row).encode()
+        try:
+            while line:  # a disk that is nearly full takes a part, and fails at the next
+                line = line[self._file.write(line) :]
+            self._add_event(row)
+        except OSError as error:
+            raise RunError(f"{self._run_dir}: the metrics cannot be written: {error}") from error
+
+    def _add_event(self, row: Mapping[str, Any]) -> None:
+        values = [
+            Summary.Value(tag=tag, simple_value=value)
+            for tag, value in row.items()
+            if tag != "step" and value is not None
+        ]
+        event = Event(wall_time=time.time(), step=row["step"], summary=Summary(value=values))
+        self._events.write_event(event)
+        self._events.flush()
+
+    def _show_step(self, step: int, metrics: dict[str, Any]) -> None:
+        tokens, seconds = metrics.get("tokens/trained"), metrics.get("time/step")
+        if tokens is not None and seconds:
+            metrics = {**metrics, "tokens_per_s": tokens / seconds}
+        width = 2 * len(str(self._n_steps)) + 1
+        title, row = f"{'step':>{max(width, 4)}}", f"{f'{step}/{self._n_steps}':>{max(width, 4)}}"
+        for name, width, tag, form in COLUMNS:
+            if len(title) + width > self.console.width:
+                break
+            value = metrics.get(tag)
+            title += f"{name:>{width}}"
+            row += f"{'-' if value is None else form.format(value):>{width}}"
+        if not self._header_shown:
+            self.info(LEGEND, style="dim")
+            self.info(title, style="bold")
+            self._header_shown = True
+        self.info(row)
+
+    def _show_evaluation(self, step: int, metrics: Mapping[str, Any]) -> None:
+        accuracy, correct, total = (
+            metrics.get(f"eval/{name}") for name in ("accuracy", "correct", "total")
+        )
+        shown = "-" if accuracy is None else f"{accuracy:.3f}"
+        counts = "" if correct is None or total is None else f" ({correct:.0f}/{total:.0f})"
+        self.info(f"eval at step {step}: accuracy {shown}{counts}", style="green")
+
+
+class _Rate(ProgressColumn):
+    """Completions and tokens per second where tokens are counted; and the time left."""
+
+    def render(self, task: Task) -> Text:
+        parts = []
+        if task.fields.get("tokens") and task.elapsed:
+            parts.append(f"{task.completed / task.elapsed:.1f}/s")
+            parts.append(f"{task.fields['tokens'] / task.elapsed:.0f} tok/s")
+        if task.time_remaining and not task.finished:
+            parts.append(f"{timedelta(seconds=task.time_remaining)} left")
+        return Text("  ".join(parts), style="cyan")

@@ -1,0 +1,162 @@
+"""Variants x seeds as runs: one folder each, several at a time, done ones left alone.
+
+A worker is a process that imports once and then trains one run after another; each has its share
+of the cores. Ctrl-C or a crash loses nothing that is done: the same command goes on.
+"""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from jgrpo.config import Config
+from jgrpo.errors import InputError, RunError, printable
+from jgrpo.run.rundir import jsonable, read_config, read_metrics, write_whole
+from jgrpo.study.variants import Variant
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a sweep."""
+
+    variant: str
+    seed: int
+    config: Config
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.run_dir)
+
+    @property
+    def done(self) -> bool:
+        """Is there a final evaluation?"""
+        try:
+            rows = read_metrics(self.folder)
+        except InputError:
+            return False
+        last = self.config.n_grpo_steps
+        return any(row["step"] == last and "eval/accuracy" in row for row in rows)
+
+
+def plan(base: Config, variants: Sequence[Variant], seeds: Sequence[int], out: Path) -> list[Job]:
+    """All runs, seed by seed, so that an early stop leaves every variant with as many seeds.
+
+    InputError if a variant cannot be, or if a run that is there has another config.
+    """
+    jobs = []
+    for seed in seeds:
+        for variant in variants:
+            folder = out / variant.name / f"seed_{seed}"
+            config = replace(variant.apply(base), seed=seed, run_dir=str(folder))
+            if not config.eval_every:
+                raise InputError("eval_every=0: a sweep compares evaluations; give 1 or more")
+            if (folder / "config.json").is_file():
+                _check_same(folder, config)
+            jobs.append(Job(variant.name, seed, config))
+    return jobs
+
+
+def _check_same(folder: Path, config: Config) -> None:
+    there = read_config(folder)["config"]
+    wanted = jsonable(vars(config))
+    odd = sorted(k for k in there.keys() | wanted.keys() if there.get(k) != wanted.get(k))
+    if odd:
+        raise InputError(
+            f"{folder} is of a run with another {', '.join(odd)}; give another --out, or remove it"
+        )
+
+
+def run_all(jobs: Sequence[Job], n_workers: int, console: Console) -> None:
+    """Train what is not done. RunError, after all others have ended, if a run failed."""
+    left = [job for job in jobs if not job.done]
+    console.print(f"{len(jobs)} runs, {len(jobs) - len(left)} of them done already")
+    if not left:
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+               TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())  # fmt: skip
+    failed: dict[str, str] = {}
+    context = multiprocessing.get_context("spawn")
+    workers = context.Value("i", 0)
+    with (
+        Progress(*columns, console=console, speed_estimate_period=3600) as bar,
+        ProcessPoolExecutor(n_workers, context, _start_worker, (workers, n_workers)) as pool,
+    ):
+        task = bar.add_task("runs", total=len(left))
+        futures = {pool.submit(_run, job): job for job in left}
+        try:
+            for future in as_completed(futures):
+                job = futures[future]
+                if problem := future.result():
+                    failed[f"{job.variant}, seed {job.seed}"] = problem
+                    bar.console.print(printable(f"failed: {job.folder}: {problem}"), markup=False)
+                bar.advance(task)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    if failed:
+        names = "; ".join(failed)
+        raise RunError(f"{len(failed)} of {len(left)} runs failed ({names}); the logs say why")
+
+
+def _start_worker(counter: Any, n_workers: int) -> None:
+    """Give this worker its share of the cores; XLA makes as many threads as it may use cores."""
+    with counter.get_lock():
+        index = counter.value
+        counter.value += 1
+    if hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        mine = cores[index % n_workers :: n_workers]
+        os.sched_setaffinity(0, mine or cores)
+
+
+def _run(job: Job) -> str:
+    """Train one run, its output in a log beside its folder -> what went wrong, or nothing."""
+    from jgrpo.train import train
+
+    job.folder.parent.mkdir(parents=True, exist_ok=True)
+    resume = _resumable(job.folder)
+    with (
+        job.folder.with_suffix(".log").open("a") as log,
+        contextlib.redirect_stdout(log),
+        contextlib.redirect_stderr(log),
+    ):
+        try:
+            train(job.config, resume)
+        except (InputError, RunError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return str(error)
+        except KeyboardInterrupt:
+            return "interrupted"
+    return ""
+
+
+def _resumable(folder: Path) -> Path | None:
+    """The folder, if a run has begun in it."""
+    return folder if (folder / "config.json").is_file() else None
+
+
+def write_manifest(out: Path, base: Config, variants: Sequence[Variant], command: str) -> None:
+    """ablation.json: the command, the base config and what each variant changes of it."""
+    out.mkdir(parents=True, exist_ok=True)
+    content = {
+        "command": command,
+        "base": vars(base),
+        "variants": {v.name: {"about": v.about, "changes": v.changes} for v in variants},
+    }
+    write_whole(out / "ablation.json", json.dumps(jsonable(content), indent=2) + "\n")

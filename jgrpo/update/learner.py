@@ -1,0 +1,139 @@
+"""The policy that is trained: adapter and optimizer state, and how one rollout changes them.
+
+Old and base logprobs are computed where a technique needs them, and only there: with one update a
+rollout the policy is the old one, and without a KL to the base nobody asks for the base.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from jgrpo.config import Config
+from jgrpo.losses import LOSSES
+from jgrpo.policy.batch import MicroBatch, Rows, completion_mask, micro_batches, with_signal
+from jgrpo.update.step import Loss, Update, adam, learning_rate, loss_denominator
+
+
+def loss_of(config: Config) -> Loss:
+    """The loss that a config asks for, its options bound."""
+    c = config
+    options: dict[str, Any] = {}
+    if c.use_clip:
+        options |= {"clip_eps": c.clip_eps, "clip_eps_high": c.clip_eps_high}
+    if c.use_token_level_loss and c.loss_type != "cispo":  # CISPO is so by itself
+        options["token_level"] = True
+    if c.loss_type == "dr_grpo":
+        options["max_tokens"] = c.max_tokens
+    if c.loss_type == "cispo":
+        options["max_ratio"] = c.cispo_max_ratio
+    if c.use_kl_penalty:
+        options |= {"beta": c.beta, "kl_estimator": c.kl_estimator}
+    if c.use_importance_weights:
+        options["importance_cap"] = c.importance_weight_cap
+    if c.entropy_coef:
+        options["entropy_coef"] = c.entropy_coef
+    return partial(LOSSES[c.loss_type], **options)
+
+
+def needs_base(config: Config) -> bool:
+    """Does the loss look at the base model's logprobs?"""
+    return config.use_kl_penalty and config.beta > 0 and config.kl_to == "base"
+
+
+def pulls_without_advantage(config: Config) -> bool:
+    """Can a completion whose advantage is zero have a gradient? (k1's is never zero.)"""
+    off_policy = config.updates_per_rollout > 1 or config.kl_estimator == "k1"
+    return (config.use_kl_penalty and (needs_base(config) or off_policy)) or config.entropy_coef > 0
+
+
+@dataclass(frozen=True)
+class Part:
+    """The completions of one optimizer update."""
+
+    batches: list[MicroBatch]
+    denominator: float
+
+
+class Learner:
+    """Holds `state`, (adapter, optimizer state), and changes it a rollout at a time;
+    `skipped_in_a_row` counts the last updates that were not finite."""
+
+    def __init__(self, config: Config, graph: nnx.GraphDef, adapter: nnx.State, base: nnx.State):
+        self.config, self.base = config, base
+        self.loss = loss_of(config)
+        rate = learning_rate(
+            config.lr_scheduler_type, config.lr, config.n_updates, config.warmup_steps
+        )
+        self.rate: Callable[[int], Any] = rate if callable(rate) else lambda _: rate
+        optimizer = adam(rate)
+        self.update = Update(
+            graph,
+            self.loss,
+            optimizer,
+            temperature=config.temperature,
+            checkpoint=config.gradient_checkpointing,
+            entropy_gradient=config.entropy_coef > 0,
+            attn_implementation=config.attn_implementation,
+        )
+        self.state = adapter, optimizer.init(adapter)
+        self.skipped_in_a_row = 0
+
+    def learn(self, rows: Rows) -> dict[str, float]:
+        """All optimizer updates on one rollout -> metrics, means over the updates (tokens/trained,
+        train/skipped_updates: their sum) without those that were skipped."""
+        c, update = self.config, self.update
+        adapter, opt_state = self.state
+        n_before = int(optax.tree.get_all_with_path(opt_state, "count")[0][1])
+        parts = self.parts(rows)
+        old: list[Any] = [None]  # of a single part they come with its first update
+        if len(parts) > 1:
+            old = [update.logprobs(adapter, self.base, part.batches) for part in parts]
+        ref: list[Any] = [None] * len(parts)
+        if needs_base(c):
+            off = jax.tree.map(jnp.zeros_like, adapter)
+            ref = [update.logprobs(off, self.base, part.batches) for part in parts]
+        history = []
+        for _ in range(c.epochs_per_step):
+            for i, part in enumerate(parts):
+                *state, metrics, logprobs = update(
+                    *self.state, self.base, part.batches, part.denominator, old[i], ref[i]
+                )
+                self.state = tuple(state)
+                old[i] = old[i] or logprobs
+                history.append(metrics)
+        values = jax.device_get(history)
+        gap, tokens, skipped = "sampler/logprob_diff_max", "tokens/trained", "train/skipped_updates"
+        for m in values:
+            self.skipped_in_a_row = self.skipped_in_a_row + 1 if m[skipped] else 0
+        made = [m for m in values if not m[skipped]] or values
+        return {tag: float(np.mean([m[tag] for m in made])) for tag in values[0]} | {
+            gap: float(max(m[gap] for m in made)),
+            tokens: float(sum(m[tokens] for m in values)),
+            skipped: float(sum(m[skipped] for m in values)),
+            "train/lr": float(self.rate(n_before)),
+            "train/compilations": update.n_compilations,
+        }
+
+    def parts(self, rows: Rows) -> list[Part]:
+        """A rollout cut into the completions of each update of an epoch, whole groups together;
+        what can have no gradient is left out of the batches, but not of the denominators."""
+        c, mask = self.config, completion_mask(rows)
+        pull = mask[:, 0] * (1.0 if pulls_without_advantage(c) else rows.advantages)
+        parts = []
+        for index in np.split(np.arange(len(mask)), c.updates_per_epoch):
+            batches = micro_batches(
+                rows,
+                index[with_signal(pull[index])],
+                micro_batch_size=c.micro_batch_size,
+                max_prompt_tokens=c.max_prompt_tokens,
+                max_tokens=c.max_tokens,
+            )
+            parts.append(Part(batches, loss_denominator(self.loss, mask[index])))
+        return parts

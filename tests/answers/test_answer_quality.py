@@ -1,0 +1,45 @@
+"""The grader on the answers of real problems: each is itself, however written, and no other."""
+
+import re
+
+from answer_cases import rewrites
+from fuzz_answers import real_golds
+
+from jgrpo.answers.equal import last_boxed, quick_verdict
+from jgrpo.answers.grader import Grader, Pair
+
+
+def test_every_real_gold_equals_itself_however_a_model_writes_it():
+    pairs = []
+    for gold in real_golds():
+        for answer in dict.fromkeys(rewrites(gold)):
+            read = last_boxed(rf"Thus \boxed{{{answer}}}.")
+            assert read is not None, answer
+            pairs.append(Pair(read, gold))
+    with Grader(max_workers=2, timeout_s=30) as grader:
+        outcomes = grader._outcomes(pairs)
+    assert [pair for pair, outcome in outcomes.items() if outcome != "right"] == []
+
+
+def skeleton(gold: str) -> list[str]:
+    """What is left of an answer when everything that may be written in two ways is gone."""
+    gold = re.sub(r"\\text\{[^{}]*[a-z][^{}]*\}(\^2)?|\^\{?\\circ\}?|^[a-z] ?= ?", "", gold)
+    return re.findall(r"[0-9A-Z.-]|\\sqrt|\\pi|frac", gold)
+
+
+def test_no_real_gold_is_taken_for_another_one():
+    """Pairs of other digits, looked at one by one: the same number."""
+    equal_by_hand = {
+        ("-\\$0.50", "-\\frac{1}{2}"), ("0.4", "\\frac{2}{5}"), ("0.75", "\\frac{3}{4}"),
+        ("0.5", "\\frac{1}{2}"), ("1.8", "\\frac9{5}"), ("3.5", "\\frac{7}{2}"),
+        ("7.5", "\\frac{15}{2}"), ("33\\%", "\\dfrac{33}{100}"),
+    }  # fmt: skip
+    golds = sorted(real_golds(), key=lambda gold: ("".join(skeleton(gold)), gold))
+    n_equal = 0
+    for distance in range(1, 41):
+        for answer, gold in zip(golds, golds[distance:], strict=False):
+            if quick_verdict(answer, gold):
+                n_equal += 1
+                pair = tuple(sorted((answer, gold)))
+                assert skeleton(answer) == skeleton(gold) or pair in equal_by_hand, pair
+    assert n_equal > 0

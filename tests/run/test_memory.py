@@ -1,0 +1,170 @@
+"""What `--dry_run` says of memory: counted by hand, compiled, and before weights are read."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+from jax.errors import JaxRuntimeError
+from tiny_run import (
+    comparable,
+    final_adapter,
+    same_bits,
+    tiny_config,
+    write_base,
+    write_config_file,
+    write_problems,
+)
+
+from jgrpo import train as train_module
+from jgrpo.errors import RunError
+from jgrpo.policy.adapter import adapter_arrays
+from jgrpo.run import memory as memory_module
+from jgrpo.run.memory import free_memory, largest_micro_batch, ran_out, training_memory
+from jgrpo.run.rundir import read_metrics
+from jgrpo.run.session import open_policy
+from jgrpo.train import train
+from jgrpo.update.step import Update
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.usefixtures("shared_compilation_cache")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("memory")
+    write_base(folder / "base")
+    write_problems(folder)
+    return folder
+
+
+def test_the_largest_micro_batch_is_that_of_completions_as_long_as_they_may_be(root):
+    config = tiny_config(root, micro_batch_size=8, max_tokens=20)
+    batch = largest_micro_batch(config, [3, 18, 5, 7, 2, 18])
+    # Two groups are 18 + 8 x 20 tokens each, three completions to a row of 64: all of their 2 x 178
+    # go into one micro-batch of at most 8 x bucket(38) = 384 tokens.
+    assert (batch.prompts.shape, batch.rows.shape, batch.n_tokens) == ((3, 32), (6, 64), 384)
+    assert batch.mask.sum() == 2 * 8 * 20
+    assert batch.mask.sum(axis=1).max() == 20
+
+
+def test_weights_are_counted_and_activations_are_the_compiler_s(root):
+    config = tiny_config(root)
+    policy = open_policy(config, abstract=True)
+    real = open_policy(config)
+    memory = training_memory(config, policy, [18] * 8)
+    assert memory.base == sum(x.nbytes for x in jax.tree.leaves(real.base))
+    weights = sum(x.nbytes for x in adapter_arrays(real.adapter).values())
+    assert 4 * weights <= memory.adapter <= 4 * weights + 64  # and Adam's counters
+    assert memory.total == memory.base + memory.adapter + memory.activations
+    # One layer's activations at the very least: seven products and the attention's weights.
+    assert memory.activations > 4 * memory.batch.n_tokens * (4 * 64 + 3 * 96)
+
+
+def test_more_tokens_at_once_take_more(root):
+    policy = open_policy(tiny_config(root), abstract=True)
+    sizes = [
+        training_memory(tiny_config(root, micro_batch_size=n), policy, [18] * 8).activations
+        for n in (8, 32)
+    ]
+    assert 1.5 < sizes[1] / sizes[0] < 6
+
+
+def dry_run(file: Path, *args: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "jgrpo.train", "--config", str(file), "--dry_run", *args]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+
+
+def test_a_dry_run_reads_no_weights_and_leaves_nothing(root, tmp_path):
+    write_base(tmp_path / "base")
+    (tmp_path / "base" / "model.safetensors").unlink()
+    config = tiny_config(root, model_id=str(tmp_path / "base"), base_dir=str(tmp_path / "runs"))
+    done = dry_run(write_config_file(tmp_path / "c.py", config))
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"training phase at its peak +0\.\d{3} GiB", done.stdout)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_dry_run_finds_bad_input(root, tmp_path):
+    done = dry_run(
+        write_config_file(tmp_path / "c.py", tiny_config(root)), "--max_prompt_tokens", "2"
+    )
+    assert done.returncode == 2
+    assert "no training problem is left" in done.stderr
+
+
+def test_what_does_not_fit_is_said_with_the_knobs(root):
+    policy = open_policy(tiny_config(root), abstract=True)
+    memory = training_memory(tiny_config(root), policy, [18] * 8)
+    assert "does not fit" not in memory.table(memory.total)
+    text = memory.table(memory.total - 1)
+    assert "This does not fit: a smaller --micro_batch_size or --gradient_checkpointing" in text
+    assert "free now" not in memory.table(None)
+
+
+def test_free_memory_is_less_than_the_machine_s():
+    free = free_memory()
+    assert free is None or 2**26 < free < 2**50
+
+
+def test_running_out_of_memory_ends_the_run_with_the_knobs_and_a_checkpoint(root, monkeypatch):
+    real, calls = train_module.Learner.learn, []
+
+    def learn(self, rows):
+        calls.append(rows)
+        if len(calls) == 2:
+            raise JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 5 bytes.")
+        return real(self, rows)
+
+    monkeypatch.setattr(train_module.Learner, "learn", learn)
+    with pytest.raises(RunError) as error:
+        train(tiny_config(root))
+    assert re.match(r"out of memory: a smaller --micro_batch_size.*RESOURCE_EXHAUSTED",
+                    str(error.value))  # fmt: skip
+    assert "stopped after step 1; to go on: python -m jgrpo.train --resume" in str(error.value)
+
+
+def test_a_model_that_is_not_small_tries_its_largest_micro_batch_before_it_samples(
+    root, monkeypatch
+):
+    """And forgets it: the run is the one without."""
+    plain = train(tiny_config(root, eval_every=0))
+    monkeypatch.setattr(memory_module, "free_memory", lambda: 10**6)
+    seen, probe, gradient = [], train_module.check_sampler, Update.gradient
+
+    def probed(*args):
+        seen.append("probe")
+        return probe(*args)
+
+    def rehearsed(*args):
+        seen.append(args[3])
+        return gradient(*args)
+
+    monkeypatch.setattr(train_module, "check_sampler", probed)
+    monkeypatch.setattr(Update, "gradient", rehearsed)
+    run = train(tiny_config(root, eval_every=0))
+    [batch], last = seen
+    assert last == "probe"
+    longest = largest_micro_batch(tiny_config(root), [18] * 4)
+    assert [x.shape for x in batch] == [x.shape for x in longest]
+    assert same_bits(final_adapter(run), final_adapter(plain))
+    assert comparable(read_metrics(run)) == comparable(read_metrics(plain))
+
+
+def test_a_micro_batch_that_does_not_fit_ends_the_run_before_anything_is_sampled(root, monkeypatch):
+    monkeypatch.setattr(memory_module, "free_memory", lambda: 10**6)
+
+    def gradient(*_):
+        raise JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 5 bytes.")
+
+    monkeypatch.setattr(Update, "gradient", gradient)
+    monkeypatch.setattr(train_module, "check_sampler", None)  # nobody comes so far
+    with pytest.raises(RunError, match="out of memory: a smaller --micro_batch_size"):
+        train(tiny_config(root))
+
+
+def test_only_that_is_out_of_memory():
+    assert not ran_out(JaxRuntimeError("INTERNAL: no"))
+    assert not ran_out(MemoryError())

@@ -1,0 +1,238 @@
+"""What a run tells is right, whole after a crash, and safe to show."""
+
+import io
+import json
+import threading
+
+import numpy as np
+import pytest
+from rich.console import Console
+from tiny_run import curves
+
+from jgrpo.errors import RunError, exit_status
+from jgrpo.run.runlog import RunLog, printable
+
+STEP = {
+    "train/accuracy": 0.5,
+    "train/reward_mean": 0.25,
+    "train/avg_gen_length": 34.2,
+    "train/approx_kl": 0.0012,
+    "train/grad_norm": 0.82,
+    "sampler/logprob_diff_mean": 3e-7,
+    "tokens/trained": 824,
+    "time/step": 2.0,
+}
+EVALUATION = {"eval/accuracy": 0.71, "eval/correct": 71, "eval/total": 100}
+
+
+def plain(width: int = 80) -> Console:
+    return Console(file=io.StringIO(), width=width, highlight=False)
+
+
+def terminal(width: int = 80) -> Console:
+    return Console(file=io.StringIO(), width=width, highlight=False, force_terminal=True)
+
+
+def shown(console: Console) -> str:
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def lines(run_dir) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_line_a_step_and_an_evaluation_on_its_own(tmp_path):
+    with RunLog(tmp_path, 2, console=plain()) as log:
+        log.log(1, {"train/loss": np.float32(0.5), "tokens/trained": np.int64(7)} | EVALUATION)
+        assert lines(tmp_path) == [  # on the disk before the run ends
+            {"step": 1, "train/loss": 0.5, "tokens/trained": 7},
+            {"step": 1, **EVALUATION},
+        ]
+
+
+def test_nan_and_infinity_are_null_in_valid_json(tmp_path):
+    with RunLog(tmp_path, 1, console=plain()) as log:
+        log.log(1, {"train/loss": float("nan"), "train/grad_norm": np.float32("inf"), "a": 1.0})
+    assert lines(tmp_path) == [{"step": 1, "train/loss": None, "train/grad_norm": None, "a": 1.0}]
+    assert curves(tmp_path) == {("a", 1): [1.0]}
+
+
+def test_tensorboard_holds_the_same_tags_and_values(tmp_path):
+    with RunLog(tmp_path, 3, console=plain()) as log:
+        log.log(3, STEP)
+        log.log(3, EVALUATION)
+    expected = {(tag, 3): [pytest.approx(v, rel=1e-6)] for tag, v in (STEP | EVALUATION).items()}
+    assert curves(tmp_path) == expected
+
+
+def test_resume_forgets_later_steps_and_a_torn_line_in_both_places(tmp_path):
+    with RunLog(tmp_path, 4, console=plain()) as log:
+        log.log(0, {"eval/accuracy": 0.1})
+        for step in (1, 2, 3):
+            log.log(step, {"train/loss": float(step)})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "train/lo')
+    with RunLog(tmp_path, 4, resume_step=2, console=plain()) as log:
+        log.log(3, {"train/loss": 30.0})
+    assert [(r["step"], r.get("train/loss")) for r in lines(tmp_path)] == [
+        (0, None),
+        (1, 1.0),
+        (2, 2.0),
+        (3, 30.0),
+    ]
+    assert len(list(tmp_path.glob("events.out.tfevents.*"))) == 2  # the first is not overwritten
+    assert curves(tmp_path) == {
+        ("eval/accuracy", 0): pytest.approx([0.1]),
+        ("train/loss", 1): [1.0],
+        ("train/loss", 2): [2.0],
+        ("train/loss", 3): [30.0],
+    }
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_point_that_only_tensorboard_lacks_comes_with_the_resume(tmp_path):
+    """A kill between the two logs; the step's checkpoint was written in an earlier life."""
+    with RunLog(tmp_path, 4, console=plain()) as log:
+        log.log(2, {"train/loss": 2.0})
+        log._file.write(b'{"step": 2, "eval/accuracy": 0.5}\n')
+    with RunLog(tmp_path, 4, resume_step=2, console=plain()) as log:
+        pass
+    assert curves(tmp_path) == {("train/loss", 2): [2.0], ("eval/accuracy", 2): [0.5]}
+
+
+def test_what_is_logged_is_on_the_disk_in_both_places(tmp_path):
+    with RunLog(tmp_path, 1, console=plain()) as log:
+        log.log(1, {f"train/{n}": float(n) for n in range(30)})
+        assert len(curves(tmp_path)) == 30
+
+
+def test_the_step_line_shows_the_metrics_under_their_titles(tmp_path):
+    console = plain()
+    with RunLog(tmp_path, 50, console=console) as log:
+        log.log(12, STEP)
+        log.log(13, {"train/accuracy": 1.0})
+        log.log(13, EVALUATION)
+    *_, title, row, bare, evaluation = shown(console).splitlines()
+    assert dict(zip(title.split(), row.split(), strict=True)) == {
+        "step": "12/50",
+        "acc": "0.500",
+        "reward": "0.250",
+        "len": "34.2",
+        "gap": "3.0e-07",
+        "|grad|": "0.82",
+        "kl": "1.2e-03",
+        "time": "2.0s",
+        "tok/s": "412",  # 824 tokens in 2 s
+    }
+    assert bare.split() == ["13/50", "1.000"] + 7 * ["-"]
+    assert evaluation == "eval at step 13: accuracy 0.710 (71/100)"
+    assert len({len(line) for line in (title, row, bare)}) == 1
+
+
+@pytest.mark.parametrize("width", [30, 80])
+def test_no_line_is_wider_than_the_terminal(tmp_path, width):
+    console = plain(width)
+    with RunLog(tmp_path, 10_000, console=console) as log:
+        log.log(10_000, STEP)
+    rows = shown(console).splitlines()[0 if width == 80 else 2 :]  # the legend may wrap
+    assert rows[-1].split()[:2] == ["10000/10000", "0.500"]
+    assert all(len(row) <= width for row in rows)
+
+
+def test_without_a_terminal_there_are_no_control_codes_and_no_bars(tmp_path):
+    console = plain()
+    with RunLog(tmp_path, 1, console=console) as log:
+        with log.phase("generation", total=2) as advance:
+            advance(2, 10)
+        log.info("x" * 300)
+        log.log(1, STEP)
+    assert "\x1b" not in shown(console)
+    assert "generation" not in shown(console)
+    assert "x" * 300 in shown(console)  # a log file is not wrapped
+
+
+def test_on_a_terminal_the_phase_has_a_bar_with_its_rate(tmp_path):
+    console = terminal()
+    with (
+        RunLog(tmp_path, 3, console=console) as log,
+        log.phase("generation", total=8) as advance,
+    ):
+        advance(4, 100)
+        log.info("in between")
+    for text in ("steps", "0/3", "generation", "4/8", "tok/s", "in between"):
+        assert text in shown(console)
+
+
+def test_phases_add_up_until_taken_even_when_they_fail(tmp_path):
+    with RunLog(tmp_path, 1, console=plain()) as log:
+        with log.phase("reward"):
+            pass
+        first = log.seconds["reward"]
+        with pytest.raises(KeyError), log.phase("reward"):
+            raise KeyError
+        assert log.seconds["reward"] > first > 0
+        taken = log.take_seconds()
+        assert set(taken) == {"time/reward"}
+        assert log.take_seconds() == {}
+
+
+def test_progress_from_many_threads_is_not_lost(tmp_path):
+    with (
+        RunLog(tmp_path, 1, live=False, console=plain()) as log,
+        log.phase("generation", total=4000) as advance,
+    ):
+        threads = [
+            threading.Thread(target=lambda: [advance(1, 3) for _ in range(500)]) for _ in range(8)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        task = log._progress.tasks[-1]
+        assert (task.completed, task.fields["tokens"]) == (4000, 12000)
+
+
+def test_text_of_the_data_cannot_steer_the_terminal(tmp_path):
+    hostile = "[bold]x[/bold] \x1b[2J\r\x07\u202e\x9b :smile: a\nb"
+    assert printable(hostile) == (r"[bold]x[/bold] \x1b[2J\r\x07\u202e\x9b :smile: a" + "\nb")
+    assert printable("é√2", "ascii") == r"\xe9\u221a2"
+    console = plain()
+    with RunLog(tmp_path, 1, console=console) as log:
+        log.info(hostile)
+    assert shown(console) == printable(hostile) + "\n"
+
+
+def test_an_error_that_quotes_a_server_cannot_steer_the_terminal(capsys):
+    with pytest.raises(SystemExit), exit_status():
+        raise RunError("http://server: \x1b]0;owned\x07 \x1b[2J")
+    assert capsys.readouterr().err == r"error: http://server: \x1b]0;owned\x07 \x1b[2J" + "\n"
+
+
+def test_a_disk_that_takes_a_part_of_a_line_is_told_of(tmp_path):
+    class NearlyFull(io.RawIOBase):
+        room = 5
+
+        def write(self, data):
+            taken, self.room = min(self.room, len(data)), 0
+            if not taken:
+                raise OSError(28, "No space left on device")
+            return taken
+
+    with RunLog(tmp_path, 1, console=plain()) as log:
+        log._file.close()
+        log._file = NearlyFull()
+        with pytest.raises(RunError, match=r"No space left"):
+            log.log(1, {"train/loss": 1.0})
+
+
+def test_a_full_disk_is_one_message(tmp_path):
+    class Full(io.RawIOBase):
+        def write(self, data):
+            raise OSError(28, "No space left on device")
+
+    with RunLog(tmp_path, 1, console=plain()) as log:
+        log._file.close()
+        log._file = Full()
+        with pytest.raises(RunError, match=r"metrics cannot be written.*No space left"):
+            log.log(1, {"train/loss": 1.0})

@@ -1,0 +1,70 @@
+"""jgrpo.study.variants: what a name changes, whatever the base."""
+
+from pathlib import Path
+
+import pytest
+
+from jgrpo.config import Config, load_config
+from jgrpo.errors import InputError
+from jgrpo.study.variants import read_variants
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def changes(name: str) -> dict:
+    [variant] = read_variants((name,), CONFIGS)
+    return variant.changes
+
+
+def test_a_variant_is_what_its_file_changes_of_rank1():
+    assert changes("rank1") == {}
+    assert changes("rank4") == {"lora_r": 4}
+    assert changes("clip") == {"use_clip": True}  # clip_eps=0.2 is the default
+    assert changes("dr_grpo") == {"loss_type": "dr_grpo", "use_std_norm": False}
+
+
+def test_parts_add_up_and_a_field_may_be_named():
+    assert changes("four_updates+clip") == {"updates_per_epoch": 4, "use_clip": True}
+    assert changes("lora_r=2+lr=1e-3") == {"lora_r": 2, "lr": 1e-3}
+    assert changes("loss_type=gspo") == {"loss_type": "gspo"}
+
+
+def test_the_changes_apply_to_any_base():
+    base = load_config(CONFIGS / "tiny.py")
+    [variant] = read_variants(("length_penalty",), CONFIGS)
+    config = variant.apply(base)
+    assert config.use_length_penalty
+    assert config.expected_maximum_length == base.expected_maximum_length == 48
+    assert variant.about == "rank1.py with the soft length penalty in the reward (DAPO)"
+
+
+def test_a_variant_is_compared_with_what_it_builds_on():
+    a, b, c = read_variants(("rank1", "four_updates", "four_updates+clip"), CONFIGS)
+    assert [v.reference for v in (a, b, c)] == ["rank1", "rank1", "four_updates"]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("nothing",), r"variant nothing: there is no .*nothing.py; there are .*rank1"),
+        (("lora_rank=3",), "Config has no field lora_rank"),
+        (("clip", "clip"), "given twice"),
+        (("rank4+rank16",), r"variant rank4\+rank16: two of its parts set lora_r"),
+    ],
+)
+def test_what_is_no_variant_is_refused(names, message):
+    with pytest.raises(InputError, match=message):
+        read_variants(names, CONFIGS)
+
+
+def test_parts_that_contradict_each_other_are_named():
+    [variant] = read_variants(("cispo+clip",), CONFIGS)
+    with pytest.raises(
+        InputError, match=r"(?s)variant cispo\+clip: .*use_clip with loss_type=cispo"
+    ):
+        variant.apply(Config())
+
+
+def test_a_folder_without_the_baseline_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"has no rank1.py"):
+        read_variants(("clip",), tmp_path)
