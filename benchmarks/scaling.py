@@ -23,10 +23,10 @@ from transformers import LlamaConfig
 
 from jgrpo.cli import tune_allocator
 from jgrpo.config import Config
-from jgrpo.plot import COLOURS, GRID, INK
 from jgrpo.policy.batch import Rows
 from jgrpo.policy.lora import split
 from jgrpo.policy.model import Decoder, ModelConfig
+from jgrpo.run.curves import COLOURS, GRID, INK
 from jgrpo.run.session import configure_jax
 from jgrpo.update.learner import Learner
 

@@ -69,7 +69,8 @@ class Rollouts:
 
 def on_rollouts(options: Rollouts, console: Console) -> Path:
     """Compare the variants on a step's rollouts, print the table -> the folder of the report."""
-    from jgrpo.run.session import configure_jax, open_policy, open_scorers
+    from jgrpo.run.scoring import open_scorers
+    from jgrpo.run.session import configure_jax, open_policy
     from jgrpo.study import compare as fixed  # only now: help and mistakes do not wait for JAX
     from jgrpo.study.report import draw_cosines, table, write_report
 
@@ -135,6 +136,7 @@ def variant_on_rollouts(variant: Variant, config: Config) -> Config:
 def as_runs(command: cli.AblateRuns, console: Console) -> Path:
     """Train what is not done yet, then report -> the folder of the report."""
     from jgrpo.study import report, sweep
+    from jgrpo.train import train
 
     if command.config is None:
         raise InputError("--config FILE is needed: variants are the files beside it")
@@ -145,7 +147,7 @@ def as_runs(command: cli.AblateRuns, console: Console) -> Path:
     words = shlex.join(["python", "-m", "jgrpo.ablate", *sys.argv[1:]])
     sweep.write_manifest(command.out, command.options, variants, words)
     start_s = time.monotonic()
-    sweep.run_all(jobs, command.jobs, console)
+    sweep.run_all(jobs, train, command.jobs, console)
     console.print(f"{(time.monotonic() - start_s) / 60:.1f} minutes")
     results: report.Results = {
         v.name: {j.seed: report.read_run(j.folder) for j in jobs if j.variant == v.name}

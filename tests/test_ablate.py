@@ -20,7 +20,8 @@ from jgrpo.ablate import Rollouts, as_runs, on_rollouts, variant_on_rollouts
 from jgrpo.errors import InputError
 from jgrpo.policy.adapter import adapter_arrays
 from jgrpo.run.rundir import read_metrics
-from jgrpo.run.session import Scorers, open_policy
+from jgrpo.run.scoring import Scorers
+from jgrpo.run.session import open_policy
 from jgrpo.study import compare, report, sweep
 from jgrpo.study.variants import read_variants
 from jgrpo.train import train

@@ -80,11 +80,8 @@ def test_imports_point_down(module):
     own = room(module)
     for name in map(room, imported(TREES[module])):
         beside = name not in FOLDERS and own not in FOLDERS and FLOOR_OF[name] == FLOOR_OF[own]
-        ok = name == own or beside or FLOOR_OF[name] < FLOOR_OF[own] or (module, name) in UP
+        ok = name == own or beside or FLOOR_OF[name] < FLOOR_OF[own]
         assert ok, f"{module} (floor {FLOOR_OF[own]}) imports {name} (floor {FLOOR_OF[name]})"
-
-
-UP = {("study.sweep", "train"), ("study.report", "plot")}
 
 
 @pytest.mark.parametrize("folder", sorted(FOLDERS))

@@ -25,7 +25,8 @@ from jgrpo.policy.batch import MicroBatch, Rows, completion_mask, micro_batches
 from jgrpo.policy.logprobs import token_logprobs
 from jgrpo.rewards.parts import combine, length_penalty
 from jgrpo.run.rundir import existing_adapter
-from jgrpo.run.session import Policy, Scorers
+from jgrpo.run.scoring import Scorers
+from jgrpo.run.session import Policy
 from jgrpo.update.learner import loss_of, needs_base
 from jgrpo.update.step import Loss, loss_denominator
 

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from safetensors.numpy import load_file
 from scipy import stats
 
-from jgrpo.plot import COLOURS, GRID, INK
+from jgrpo.run.curves import COLOURS, GRID, INK
 from jgrpo.run.rundir import read_metrics, write_whole
 
 CONFIDENCE = 0.95

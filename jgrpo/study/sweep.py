@@ -9,7 +9,7 @@ import json
 import multiprocessing
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +29,9 @@ from jgrpo.config import Config
 from jgrpo.errors import InputError, RunError, printable
 from jgrpo.run.rundir import jsonable, read_config, read_metrics, write_whole
 from jgrpo.study.variants import Variant
+
+Train = Callable[[Config, Path | None], object]
+"""train.train: run a config in its run_dir, or go on with the folder."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ def _check_same(folder: Path, config: Config) -> None:
         )
 
 
-def run_all(jobs: Sequence[Job], n_workers: int, console: Console) -> None:
+def run_all(jobs: Sequence[Job], train: Train, n_workers: int, console: Console) -> None:
     """Train what is not done. RunError, after all others have ended, if a run failed."""
     left = [job for job in jobs if not job.done]
     console.print(f"{len(jobs)} runs, {len(jobs) - len(left)} of them done already")
@@ -98,7 +101,7 @@ def run_all(jobs: Sequence[Job], n_workers: int, console: Console) -> None:
         ProcessPoolExecutor(n_workers, context, _start_worker, (workers, n_workers)) as pool,
     ):
         task = bar.add_task("runs", total=len(left))
-        futures = {pool.submit(_run, job): job for job in left}
+        futures = {pool.submit(_run, train, job): job for job in left}
         try:
             for future in as_completed(futures):
                 job = futures[future]
@@ -125,10 +128,8 @@ def _start_worker(counter: Any, n_workers: int) -> None:
         os.sched_setaffinity(0, mine or cores)
 
 
-def _run(job: Job) -> str:
+def _run(train: Train, job: Job) -> str:
     """Train one run, its output in a log beside its folder -> what went wrong, or nothing."""
-    from jgrpo.train import train
-
     job.folder.parent.mkdir(parents=True, exist_ok=True)
     resume = _resumable(job.folder)
     with (

@@ -1,4 +1,4 @@
-"""jgrpo.run.session: the probe must catch every sampler that does not follow the adapter, and the
+"""jgrpo.run.probe: the probe must catch every sampler that does not follow the adapter, and the
 embedded sampler must pass it; and the text that is graded."""
 
 import json
@@ -17,9 +17,11 @@ from jgrpo.config import PROJECTIONS
 from jgrpo.errors import RunError
 from jgrpo.rollout.embedded import JaxSampler
 from jgrpo.rollout.protocol import Completion
+from jgrpo.run import probe as probe_module
 from jgrpo.run import session
+from jgrpo.run.probe import check_sampler, gap_problem
 from jgrpo.run.rundir import read_metrics
-from jgrpo.run.session import check_sampler, gap_problem, open_policy, open_problems, open_sampler
+from jgrpo.run.session import open_policy, open_problems, open_sampler
 from jgrpo.train import train
 
 BLOCK = {name: "self_attn" if name[0] in "qkvo" else "mlp" for name in PROJECTIONS}
@@ -118,7 +120,7 @@ def raw_logprobs(monkeypatch, policy) -> None:
         groups = real_sample(self, prompts, **options)
         flat = [(p, c) for p, group in zip(prompts, groups, strict=True) for c in group]
         both = [list(p) for p, _ in flat], [c.token_ids for _, c in flat]
-        raw = iter(session._logprobs(policy, self.adapter, *both, 1.0).tolist())
+        raw = iter(probe_module._logprobs(policy, self.adapter, *both, 1.0).tolist())
         return [
             [replace(c, logprobs=[next(raw) for _ in c.logprobs]) for c in group]
             for group in groups

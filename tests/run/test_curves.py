@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from jgrpo.errors import InputError
-from jgrpo.plot import COLOURS, draw, run_names, save, series
+from jgrpo.plot import save
+from jgrpo.run.curves import COLOURS, draw, run_names, series
 
 ROWS = [
     {"step": 0, "eval/accuracy": 0.25},

@@ -1,0 +1,152 @@
+"""Does the sampler follow the adapter? Proved before the first step, watched at every step.
+
+A fresh adapter (B = 0) is the base model, so a sampler that ignores its adapter looks right at
+first. The probe is an adapter that changes the policy visibly; the guard compares each step's
+logprobs.
+"""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+
+from jgrpo.config import Config
+from jgrpo.errors import RunError
+from jgrpo.policy import adapter as adapters
+from jgrpo.policy.adapter import AdapterConfig
+from jgrpo.policy.batch import Rows, micro_batches
+from jgrpo.policy.logprobs import token_logprobs
+from jgrpo.policy.lora import fresh_adapter
+from jgrpo.rollout.protocol import Sampler, prompt_seeds
+from jgrpo.run.session import Policy, Problems
+
+PROBE_PROMPTS, PROBE_TOKENS, PROBE_SHIFT_NATS, LEAST_SHIFT_NATS = 4, 16, 0.3, 0.01
+PROBE_SHARE = {"float32": 0.01, "bfloat16": 0.5}
+"""Largest part of the probe's effect by which the sampler may miss it. An adapter that is ignored
+misses by all of it, one layer's projection that is left out by 0.08 and more; float32 rounding by
+1e-6, bfloat16 by 0.1 or more where the model is sure of its tokens."""
+
+LARGEST_MEAN_GAP = {"float32": 1e-3, "bfloat16": 0.2}
+"""max_mean_logprob_diff where it is not given: several times what rounding explains (nats)."""
+
+
+def check_sampler(
+    config: Config, policy: Policy, sampler: Sampler, problems: Problems, folder: Path
+) -> dict[str, float]:
+    """Prove that adapters take effect: sample from a probe adapter that changes the policy visibly
+    (PROBE_SHIFT_NATS a token), and compare the sampler's logprobs with the trainer's.
+
+    Returns the gap to the probe and to the base. Raises RunError if the sampler does not follow
+    the adapter (a fresh one, B = 0, would look right even if it were ignored).
+    """
+    prompts = [list(p.prompt_ids) for p in problems.train[:PROBE_PROMPTS]]
+    probe = _probe_adapter(policy, prompts, config)
+    shutil.rmtree(folder, ignore_errors=True)
+    shape = AdapterConfig(config.lora_r, config.lora_alpha, config.lora_target_modules)
+    adapters.save(probe, folder, shape, config.model_id)
+    sampler.load(folder)
+    completions = [
+        group[0]
+        for group in sampler.sample(
+            prompts,
+            seeds=prompt_seeds(config.seed, 0, len(prompts)),
+            temperature=config.temperature,
+            max_tokens=min(PROBE_TOKENS, config.max_tokens),
+        )
+    ]
+    tokens = [c.token_ids for c in completions]
+    reported = np.concatenate([c.logprobs for c in completions])
+    to_probe = np.abs(reported - _logprobs(policy, probe, prompts, tokens, config.temperature))
+    to_base = np.abs(
+        reported - _logprobs(policy, policy.adapter, prompts, tokens, config.temperature)
+    )
+    gaps = {"probe/gap_mean": to_probe.mean(), "probe/gap_max": to_probe.max(),
+            "probe/gap_to_base_mean": to_base.mean()}  # fmt: skip
+    figures = (
+        f"on {len(reported)} tokens sampled from a probe adapter, |logprob of the sampler - of the "
+        f"trainer| is {to_probe.mean():.2g} on average and {to_probe.max():.2g} at most; to the "
+        f"trainer without the adapter it is {to_base.mean():.2g} on average"
+    )
+    if to_probe.mean() > to_base.mean() * PROBE_SHARE[config.dtype]:
+        raise RunError(
+            f"the sampler does not follow the adapter: {figures}. Does the server hold the same "
+            f"base model ({config.model_id}) in the same dtype, and the whole adapter? Are its "
+            f"logprobs those after the temperature {config.temperature} (processed_logprobs)?"
+        )
+    if to_probe.max() > config.max_logprob_diff:
+        raise RunError(
+            f"the sampler's policy is not the trainer's: {figures}, above max_logprob_diff="
+            f"{config.max_logprob_diff}. Same dtype? processed logprobs? (python -m jgrpo.serve "
+            "starts the server as the trainer needs it)"
+        )
+    return {name: float(value) for name, value in gaps.items()}
+
+
+def gap_problem(metrics: Mapping[str, float], config: Config) -> str | None:
+    """What is wrong if the sampler's logprobs of a step's tokens are further from the trainer's
+    than the dtype explains; None if nothing is (NaN is the trainer's own, the learner's to tell).
+
+    A gap that one update makes is too small for this: vllm.py tells adapters apart by name.
+    """
+    mean, largest = (metrics[f"sampler/logprob_diff_{name}"] for name in ("mean", "max"))
+    limit = config.max_mean_logprob_diff or LARGEST_MEAN_GAP[config.dtype]
+    if not mean > limit:
+        return None
+    return (
+        f"the completions are not the policy's: |logprob of the sampler - of the trainer| is "
+        f"{mean:.2g} on average and {largest:.2g} at most, above {limit} on average "
+        f"(max_mean_logprob_diff, {config.dtype}). Does the sampler hold another base model than "
+        f"{config.model_id}, another dtype, a stale or partial adapter, or give logprobs before "
+        "the temperature? (python -m jgrpo.serve starts the server as the trainer needs it.) If "
+        "that gap is normal for this model, raise --max_mean_logprob_diff"
+    )
+
+
+def _probe_adapter(policy: Policy, prompts: list[list[int]], config: Config) -> nnx.State:
+    """A random adapter with B as large as it takes to shift the prompts' logprobs visibly; on a
+    model that is nearly uniform whatever its input, half as far as it can be shifted."""
+    fresh = nnx.to_flat_state(fresh_adapter(policy.adapter, config.seed + 1))
+    keys = jax.random.split(jax.random.key(config.seed + 1), len(fresh))
+    heads, tails = [p[:1] for p in prompts], [p[1:] for p in prompts]
+    before = _logprobs(policy, policy.adapter, heads, tails, 1.0)
+
+    def scaled(power: int) -> nnx.State:
+        return nnx.from_flat_state(
+            (path, leaf.replace(2.0**power * jax.random.normal(key, leaf.shape)))
+            if path[-1] == "lora_B"
+            else (path, leaf)
+            for key, (path, leaf) in zip(keys, fresh, strict=True)
+        )
+
+    shifts: dict[int, float] = {}
+    for power in range(-13, 3):
+        after = _logprobs(policy, scaled(power), heads, tails, 1.0)
+        shifts[power] = float(np.abs(after - before).mean())
+        if shifts[power] > PROBE_SHIFT_NATS:
+            break
+    if (largest := max(shifts.values())) < LEAST_SHIFT_NATS:
+        raise RunError("no adapter changes this model's logprobs: are its weights all zero?")
+    wanted = PROBE_SHIFT_NATS if largest > PROBE_SHIFT_NATS else largest / 2
+    return scaled(next(power for power, shift in shifts.items() if shift > wanted))
+
+
+def _logprobs(policy, adapter, prompts, completions, temperature) -> np.ndarray:
+    """The trainer's logprobs of all completion tokens, one after another."""
+    blank = [[0.0] * len(c) for c in completions]
+    rows = Rows(prompts, completions, blank, np.zeros(len(prompts), np.float32))
+    values = []
+    for i in range(len(prompts)):
+        limits = {"max_prompt_tokens": len(prompts[i]), "max_tokens": len(completions[i])}
+        (batch,) = micro_batches(rows, np.array([i]), micro_batch_size=1, **limits)
+        logprobs = _jitted_logprobs(policy.graph, adapter, policy.base, batch, temperature)
+        values.append(np.asarray(logprobs)[batch.mask > 0])
+    return np.concatenate(values)
+
+
+@jax.jit(static_argnums=0)
+def _jitted_logprobs(graph, adapter, base, batch, temperature):
+    model = nnx.merge(graph, adapter, base)
+    return token_logprobs(model, batch, temperature=temperature)[0]
