@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -115,7 +116,9 @@ class Checkpoints:
                 f"checkpoint {step} in {self.folder} does not fit this run: {what}\n"
                 "If it is damaged, remove its folder: the run goes on from the one before"
             ) from error
-        leaves = [saved[name] for name in wanted]
+        # By way of the host, as at a start: orbax's arrays are bound to a device, and for such ones
+        # JAX compiles every program again.
+        leaves = [jnp.array(np.asarray(saved[name])) for name in wanted]
         return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
     def close(self) -> None:

@@ -50,6 +50,14 @@ def test_adapter_and_optimizer_state_come_back_to_the_bit(checkpoints, tmp_path)
     assert [int(x) for x in counts] == [1]  # Adam's count, without which the bias returns
 
 
+def test_a_program_that_ran_on_a_fresh_state_is_not_compiled_again_for_a_restored_one(checkpoints):
+    program = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state))
+    program(state())
+    checkpoints.save(1, state())
+    program(checkpoints.restore(1, state()))
+    assert program._cache_size() == 1
+
+
 def test_the_last_two_are_kept_and_the_last_is_found(checkpoints, tmp_path):
     for step in (2, 4, 6):
         checkpoints.save(step, state(step))
