@@ -3,16 +3,47 @@
 import jgrpo
     model = jgrpo.load_model("Qwen/Qwen3-1.7B", adapter="runs/1/adapters/step_000050")
     logits = model(ids)                       # int32 [N, T] -> float32 [N, T, V]
+
+`__all__` is all that docs/loop.py, the whole algorithm on one page, is made of. A run with
+everything around it is `jgrpo.train.train(config)`.
 """
 
+import importlib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jgrpo.policy.model import Decoder
+    from jgrpo.policy import Decoder
 
 __version__ = "0.1.0"
-__all__ = ["load_model", "save_adapter"]
+_HANDED_ON = {
+    "Config": "config",
+    "load_config": "config",
+    "open_problems": "run.session",
+    "split": "policy.lora",
+    "JaxSampler": "rollout.embedded",
+    "VllmSampler": "rollout.vllm",
+    "generate": "rollout.generate",
+    "is_correct": "answers",
+    "last_boxed": "answers",
+    "group_advantages": "advantages",
+    "leave_one_out": "advantages",
+    "LOSSES": "losses",
+    "adam": "update.step",
+}
+"""Names and the files that they live in, imported when they are first asked for: JAX takes its
+time, and a command that answers --help has none."""
+__all__ = ["load_model", "read_rollouts", "save_adapter", *_HANDED_ON]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HANDED_ON:
+        raise AttributeError(f"module 'jgrpo' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"jgrpo.{_HANDED_ON[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HANDED_ON})
 
 
 def load_model(
@@ -56,3 +87,14 @@ def save_adapter(model: "Decoder", folder: str | Path) -> None:
     from jgrpo.policy import adapter as adapters
 
     adapters.save_model_adapter(model, Path(folder))
+
+
+def read_rollouts(run: str | Path, step: int) -> list[dict[str, Any]]:
+    """The completions that step `step` of a run learned from, groups together: problem, prompt,
+    completion, prompt_ids, token_ids, sampler_logprobs, gold, reward, reward_parts, advantage,
+    finish_reason. InputError if the run has no such step."""
+    from jgrpo.run.rundir import read_config, rollouts_file
+    from jgrpo.study import compare
+
+    file, config = rollouts_file(Path(run), step), read_config(run)["config"]
+    return [dict(line) for line in compare.read_rollouts(file, config["group_size"])]

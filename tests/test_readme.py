@@ -3,6 +3,8 @@
 import dataclasses
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from jgrpo.config import Config, load_config
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 COMMANDS = [line.split("  #")[0] for block in BLOCKS for line in block.splitlines() if line]
 MODULES = sorted(set(re.findall(r"python -m jgrpo\.(\w+)", README)))
 
@@ -43,6 +46,29 @@ def test_files_that_are_named_exist():
     named = re.findall(r"(?:configs|docs|benchmarks|jgrpo)/[\w./]+\.(?:py|md|png)", README)
     assert named
     assert [name for name in named if not (ROOT / name).is_file()] == []
+
+
+@pytest.mark.parametrize("n", range(len(PYTHON)))
+def test_python_blocks_run_as_they_stand(n, tmp_path):
+    """In a folder that has the clone's, so that nothing is written into the clone."""
+    for name in ("jgrpo", "configs", "boxed.prompt"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    done = subprocess.run(
+        [sys.executable, "-c", PYTHON[n]], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_the_algorithm_on_a_page_learns(tmp_path):
+    """docs/loop.py: at most 80 lines, of public names alone, and it reaches 80 %."""
+    file = ROOT / "docs" / "loop.py"
+    text = file.read_text("utf-8")
+    assert len(text.splitlines()) <= 80
+    assert set(re.findall(r"jgrpo\.(\w+)", text)) - {"train"} <= set(jgrpo.__all__)
+    done = subprocess.run([sys.executable, file], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.split("held out: ")[1]) >= 0.8, done.stdout
 
 
 def test_python_names_exist():
