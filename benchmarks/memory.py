@@ -14,8 +14,9 @@ import json
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 
-from speed import SHAPES, config_of, forget_peak, make_lines, random_model, resident_bytes
+from speed import SHAPES, config_of, make_lines, random_model
 from speed import Args as SpeedArgs
+from speed_sides import forget_peak, resident_bytes
 
 MICRO_BATCH_SIZES = (2, 4, 16)
 

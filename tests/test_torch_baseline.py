@@ -30,7 +30,8 @@ from jgrpo.update.learner import Learner, loss_of
 from jgrpo.update.step import loss_denominator
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from agreement import NARROW, VARIANTS, arrays_of, in_float64, relative_error
+from agreement import NARROW, VARIANTS, relative_error
+from agreement_sides import arrays_of, in_float64
 from speed import Args, make_lines
 from torch_baseline import Baseline, advantages_of, load_adapter, open_model
 
