@@ -17,7 +17,7 @@ import tyro
 
 from jgrpo.config import Config, load_config
 from jgrpo.errors import InputError
-from jgrpo.run.rundir import read_config
+from jgrpo.run.rundir import existing_adapter, last_adapter, read_config, run_of_adapter
 
 STUDY_FLAGS = {"--no_std_norm": "--no_use_std_norm"}
 """Flags of the PyTorch study that are named otherwise here."""
@@ -57,8 +57,13 @@ class Train(Command):
 class Evaluate(Command):
     """Greedy accuracy on the evaluation problems, of the base model or of an adapter."""
 
+    run: Path | None = None
+    """Run folder: its own config, and the adapter of its last step."""
+    step: int | None = None
+    """The adapter of this step of --run instead."""
     adapter: Path | None = None
-    """PEFT folder of the adapter; without it, the base model is evaluated."""
+    """PEFT folder of an adapter, or a run folder for its last one; an adapter within a run brings
+    the run's config where no --config is given. Without any of these: the base model."""
     out: Path | None = None
     """File for the completions, a JSON line each."""
 
@@ -101,11 +106,13 @@ def parse(kind: type[C], argv: Sequence[str] | None = None, *, name: str = "") -
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found"
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--config", type=Path)
-    first.add_argument("--resume", type=Path)
+    for name in ("resume", "run", "adapter"):
+        first.add_argument(f"--{name}", type=Path)
     try:
         given, _ = first.parse_known_args(args)
     except argparse.ArgumentError:
-        given = argparse.Namespace(config=None, resume=None)  # tyro says what is wrong
+        nothing = dict.fromkeys(("config", "resume", "run", "adapter"))
+        given = argparse.Namespace(**nothing)  # tyro says what is wrong
     config = Config()
     if given.resume is not None and kind is Train:
         if given.config is not None:
@@ -113,6 +120,8 @@ def parse(kind: type[C], argv: Sequence[str] | None = None, *, name: str = "") -
         config = resumed_config(given.resume)
     elif given.config is not None:
         config = load_config(given.config)
+    elif kind is Evaluate and (run := given.run or run_of_adapter(given.adapter)):
+        config = resumed_config(run)
     command = tyro.cli(
         kind,
         args=args,
@@ -122,7 +131,23 @@ def parse(kind: type[C], argv: Sequence[str] | None = None, *, name: str = "") -
     )
     if isinstance(command, Train) and command.resume is not None:
         _check_resume(config, command.options)
+    if isinstance(command, Evaluate):
+        command = dataclasses.replace(command, adapter=_adapter_of(command))
     return command
+
+
+def _adapter_of(command: Evaluate) -> Path | None:
+    """The PEFT folder that --run and --step, or --adapter, name. InputError where they conflict."""
+    run, step, adapter = command.run, command.step, command.adapter
+    if run is None and step is not None:
+        raise InputError(f"--step {step}: of which run? Give --run RUN with it")
+    if run is not None and (adapter or command.config):
+        other = "--adapter" if adapter else "--config"
+        raise InputError(f"--run {run} brings its own config and adapters; leave {other} away")
+    if run is not None:
+        return last_adapter(run) if step is None else existing_adapter(run, step)
+    is_run = adapter is not None and run_of_adapter(adapter) == adapter
+    return last_adapter(adapter) if adapter and is_run else adapter
 
 
 def _plain_flags(args: list[str]) -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tiny_run import read_lines, tiny_config, write_base, write_config_file, write_problems
 
-from jgrpo import evaluate
+from jgrpo import cli, evaluate
 from jgrpo.errors import InputError
 from jgrpo.run.rundir import read_metrics
 from jgrpo.train import train
@@ -69,6 +69,44 @@ def test_the_command_prints_the_figures_last(run, config, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == {"adapter": adapter, **of_step(run, 16)}
+
+
+def test_a_run_brings_its_config_and_its_adapters(run):
+    last, first = run / "adapters" / "step_000016", run / "adapters" / "step_000000"
+    for argv, adapter in (
+        (["--run", str(run)], last),
+        (["--run", str(run), "--step", "0"], first),
+        (["--adapter", str(run)], last),
+        (["--adapter", str(first)], first),
+    ):
+        command = cli.parse(cli.Evaluate, argv)
+        assert command.options == cli.resumed_config(run), argv
+        assert command.adapter == adapter, argv
+    command = cli.parse(cli.Evaluate, ["--run", str(run), "--n_eval_prompts", "3"])
+    assert command.options == dataclasses.replace(cli.resumed_config(run), n_eval_prompts=3)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--step", "3"], "--run RUN"),
+        (["--run", "RUN", "--config", "FILE"], "leave --config away"),
+        (["--run", "RUN", "--adapter", "RUN"], "leave --adapter away"),
+        (["--run", "RUN", "--step", "77"], "step_000077"),
+        (["--run", "nowhere"], "nowhere: not a run folder"),
+    ],
+)
+def test_a_run_that_does_not_fit_is_told(run, config, tmp_path, argv, message):
+    names = {"RUN": str(run), "FILE": str(write_config_file(tmp_path / "c.py", config))}
+    with pytest.raises(InputError, match=message):
+        cli.parse(cli.Evaluate, [names.get(a, a) for a in argv])
+
+
+def test_a_run_without_an_adapter_is_told(run, tmp_path):
+    (tmp_path / "config.json").write_text((run / "config.json").read_text())
+    (tmp_path / "adapters").mkdir()
+    with pytest.raises(InputError, match="no adapter yet"):
+        cli.parse(cli.Evaluate, ["--run", str(tmp_path)])
 
 
 def test_what_cannot_be_evaluated_is_told_before_anything_is_computed(config, tmp_path):

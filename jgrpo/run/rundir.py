@@ -125,6 +125,30 @@ def existing_adapter(run_dir: Path, step: int) -> Path:
     return folder
 
 
+def kept_adapters(run_dir: Path) -> dict[int, Path]:
+    """The adapters that a run folder holds, by step, first to last."""
+    folders = sorted((run_dir / "adapters").glob("step_*"))
+    return {int(f.name.removeprefix("step_")): f for f in folders if f.name[5:].isdecimal()}
+
+
+def last_adapter(run_dir: Path) -> Path:
+    """The adapter of the last step. InputError if the run has none."""
+    if not (kept := kept_adapters(run_dir)):
+        raise InputError(f"{run_dir}: the run has no adapter yet, in {run_dir / 'adapters'}")
+    return kept[max(kept)]
+
+
+def run_of_adapter(folder: Path | None) -> Path | None:
+    """The run whose adapter this folder is, or the folder itself if it is a run; else None."""
+    if folder is None:
+        return None
+    if (folder / "adapters").is_dir() and (folder / "config.json").is_file():
+        return folder
+    run = folder.parent.parent
+    inside = folder.parent.name == "adapters" and (run / "config.json").is_file()
+    return run if inside else None
+
+
 def rollouts_file(run_dir: Path, step: int) -> Path:
     return run_dir / "rollouts" / f"step_{step:06d}.jsonl"
 
