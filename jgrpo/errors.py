@@ -5,10 +5,12 @@ anything else is a bug of ours and keeps its traceback.
 """
 
 import contextlib
+import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 
@@ -26,6 +28,14 @@ def printable(text: str, encoding: str = "utf-8") -> str:
         c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text
     )
     return safe.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def short(path: str | Path) -> str:
+    """A path as one would type it: from here, or from home, where it lies within one of them."""
+    whole, home = Path(path).absolute(), Path(os.path.expanduser("~"))  # "~" if there is none
+    if whole.is_relative_to(Path.cwd()):
+        return str(whole.relative_to(Path.cwd()))
+    return str("~" / whole.relative_to(home)) if whole.is_relative_to(home) else str(whole)
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 
-from jgrpo.errors import InputError
+from jgrpo.errors import InputError, short
 
 FILE_SUFFIXES = (".jsonl", ".json", ".parquet")
 STUDY_SPLITS = {"qwedsacf/competition_math": ("train[:7500]", "train[-5000:]")}
@@ -168,8 +168,8 @@ def load_rows(
     _check_some("dataset_split", dataset_split, dataset_path, training, sizes)
     _check_some("eval_split", eval_split, eval_path, evaluation, eval_sizes)
     report = [
-        f"training rows: {_join(training)} of {dataset_path}",
-        f"evaluation rows: {_join(evaluation)} of {eval_path}",
+        f"training rows: {_join(training)} of {short(dataset_path)}",
+        f"evaluation rows: {_join(evaluation)} of {short(eval_path)}",
     ]
     return _take(source, training), _take(eval_source, evaluation), report
 

@@ -27,6 +27,7 @@ from jgrpo.errors import InputError
 from jgrpo.policy.attention import full_attention
 from jgrpo.policy.batch import bucket
 from jgrpo.policy.model import Body, ModelConfig, Parts, positions_in
+from jgrpo.policy.tracing import traced
 from jgrpo.policy.weights import filled, model_config, read_hf_config
 
 logger = logging.getLogger("jgrpo")
@@ -192,6 +193,7 @@ class ProcessRewards:
 
 
 def _scores(graph: nnx.GraphDef, weights: nnx.State, ids: jax.Array, segments: jax.Array):
+    traced("process rewards", "{} rows x {}".format(*ids.shape))
     return jax.nn.sigmoid(nnx.merge(graph, weights)(ids, segments))
 
 

@@ -21,6 +21,7 @@ from jax.tree_util import Partial
 from jgrpo.policy import adapter as adapters
 from jgrpo.policy.attention import MASKED, attention, causal_mask
 from jgrpo.policy.batch import bucket
+from jgrpo.policy.tracing import traced
 from jgrpo.rollout.protocol import Completion, Progress
 
 FIRST_STAGE = 32
@@ -175,6 +176,7 @@ def _pick(logits, keys, t, temperature, greedy):
 
 def _prefill(graph, adapter, base, ids, lengths) -> tuple[jax.Array, Prefix]:
     """Prompts [P, S] -> logits after the last token of each [P, V], and their prefix."""
+    traced("prefill", "{} prompts x {}".format(*ids.shape))
     model = nnx.merge(graph, adapter, base)
     positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
     mask = causal_mask((positions < lengths[:, None]).astype(jnp.int32))
@@ -187,6 +189,7 @@ def _prefill(graph, adapter, base, ids, lengths) -> tuple[jax.Array, Prefix]:
 def _first_tokens(stops, logits, prefix, keys, real, temperature, *, group_size, greedy):
     """The state after the first token of every row; rows that only fill up are done already."""
     layers, p, _, kv_heads, c = prefix.keys.shape
+    traced("first tokens", f"{p} x {group_size} rows")
     logits = jnp.broadcast_to(logits[:, None], (p, group_size, logits.shape[-1]))
     token, logprob = _pick(logits, keys, 0, temperature, greedy)
     empty = jnp.zeros((layers, p, group_size, 1, kv_heads, c), prefix.keys.dtype)
@@ -203,6 +206,7 @@ def _first_tokens(stops, logits, prefix, keys, real, temperature, *, group_size,
 
 def _decode(graph, stops, adapter, base, prefix, keys, temperature, *, state, capacity, greedy):
     """Decode until `capacity` tokens or until every row is done."""
+    traced("decode", "{} x {} rows, up to {capacity}".format(*keys.shape, capacity=capacity))
     model = nnx.merge(graph, adapter, base)
     grow = lambda x, axis: jnp.pad(  # noqa: E731
         x, [(0, capacity - x.shape[axis] if i == axis else 0) for i in range(x.ndim)]

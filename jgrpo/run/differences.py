@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from jgrpo.config import Config
-from jgrpo.errors import InputError
-from jgrpo.run.rundir import jsonable, read_config, short
+from jgrpo.errors import InputError, short
+from jgrpo.run.rundir import jsonable, read_config
 
 WHERE = {"base_dir", "run_dir", "vllm_url"}
 """Options that say where a run is, not what it does."""

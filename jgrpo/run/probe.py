@@ -20,6 +20,7 @@ from jgrpo.policy.adapter import AdapterConfig
 from jgrpo.policy.batch import Rows, micro_batches
 from jgrpo.policy.logprobs import token_logprobs
 from jgrpo.policy.lora import fresh_adapter
+from jgrpo.policy.tracing import traced
 from jgrpo.rollout.protocol import Sampler, prompt_seeds
 from jgrpo.run.session import Policy, Problems
 
@@ -148,5 +149,6 @@ def _logprobs(policy, adapter, prompts, completions, temperature) -> np.ndarray:
 
 @jax.jit(static_argnums=0)
 def _jitted_logprobs(graph, adapter, base, batch, temperature):
+    traced("probe", f"{batch.prompts.shape[1]} + {batch.rows.shape[1]}, {batch.places.size} tokens")
     model = nnx.merge(graph, adapter, base)
     return token_logprobs(model, batch, temperature=temperature)[0]

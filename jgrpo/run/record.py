@@ -8,7 +8,7 @@ import jax
 
 from jgrpo.checks import without_effect
 from jgrpo.config import Config
-from jgrpo.errors import InputError
+from jgrpo.errors import InputError, short
 from jgrpo.run.checkpoint import Checkpoints
 from jgrpo.run.curves import draw
 from jgrpo.run.rundir import (
@@ -23,6 +23,7 @@ from jgrpo.run.rundir import (
 )
 from jgrpo.run.runlog import RunLog
 from jgrpo.run.session import Session, fingerprints
+from jgrpo.run.terminal import columns_of
 
 State = Any
 """A learner's: adapter and optimizer."""
@@ -80,13 +81,15 @@ class Record:
         if not self.resumed:
             write_config(run_dir, c, {"inputs": self.inputs, **devices})
         resume_step = self.first if self.resumed else None
-        log = stack.enter_context(RunLog(run_dir, c.n_grpo_steps, resume_step=resume_step))
+        log = stack.enter_context(
+            RunLog(run_dir, c.n_grpo_steps, columns=columns_of(c), resume_step=resume_step)
+        )
         stack.enter_context(log.warnings())
         if self.resumed:
             add_resume(run_dir, c, self.first, devices)
             remove_later(run_dir, self.first)
             self.checkpoints.tidy()
-        for line in (*self.session.problems.report, f"{self.session}; run: {run_dir}"):
+        for line in (*self.session.problems.report, f"{self.session}; run: {short(run_dir)}"):
             log.info(line)
         for line in without_effect(c):
             log.info(line, style="yellow")
@@ -102,7 +105,7 @@ class Record:
 
     def stop(self) -> str:
         """Save the last whole step, and say from where the run can go on."""
-        step, again = self.whole[0], f"python -m jgrpo.train --resume {self.run_dir}"
+        step, again = self.whole[0], f"python -m jgrpo.train --resume {short(self.run_dir)}"
         try:
             self.save()
         except Exception as error:  # whatever it is, it must not hide why the run ends
@@ -116,7 +119,7 @@ class Record:
         draw({self.run_dir.name: read_metrics(self.run_dir)}).savefig(unfinished, format="png")
         unfinished.replace(picture)
         last = sorted((self.run_dir / "adapters").iterdir())[-1]
-        log.info(f"learning curve: {picture}\nadapter: {last}")
+        log.info(f"{log.summary()}\nlearning curve: {short(picture)}\nadapter: {short(last)}")
 
 
 def _new_run_dir(config: Config) -> Path:

@@ -105,14 +105,6 @@ def _check_empty(run_dir: Path) -> None:
         )
 
 
-def short(path: str | Path) -> str:
-    """A path as one would type it: from here, or from home, where it lies within one of them."""
-    whole, home = Path(path).absolute(), Path(os.path.expanduser("~"))  # "~" if there is none
-    if whole.is_relative_to(Path.cwd()):
-        return str(whole.relative_to(Path.cwd()))
-    return str("~" / whole.relative_to(home)) if whole.is_relative_to(home) else str(whole)
-
-
 def adapter_folder(run_dir: Path, step: int) -> Path:
     return run_dir / "adapters" / f"step_{step:06d}"
 

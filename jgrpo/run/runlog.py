@@ -1,4 +1,5 @@
-"""What a run tells: metrics to JSON lines, TensorBoard and the terminal; phases with a bar each.
+"""What a run tells: metrics to JSON lines, TensorBoard and the terminal (terminal.py); phases with
+a bar each; what is being compiled.
 
 On a terminal two bars (steps, and the phase at work) stay below the lines that scroll by. Elsewhere
 (a file, a pipe) there are only the lines, without control codes.
@@ -6,25 +7,14 @@ On a terminal two bars (steps, and the phase at work) stay below the lines that 
 
 import contextlib
 import logging
-import math
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from datetime import timedelta
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-)
+from rich.progress import TaskID
 from rich.text import Text
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -32,23 +22,9 @@ from tensorboardX.proto.summary_pb2 import Summary
 
 from jgrpo.errors import RunError, printable
 from jgrpo.rollout.protocol import Progress as Advance
+from jgrpo.run.compiling import Compilations
 from jgrpo.run.rundir import json_line, jsonable, truncate_metrics
-
-COLUMNS = (
-    ("acc", 8, "train/accuracy", "{:.3f}"),
-    ("reward", 8, "train/reward_mean", "{:.3f}"),
-    ("len", 8, "train/avg_gen_length", "{:.1f}"),
-    ("gap", 9, "sampler/logprob_diff_mean", "{:.1e}"),
-    ("|grad|", 9, "train/grad_norm", "{:.2g}"),
-    ("kl", 9, "train/approx_kl", "{:.1e}"),
-    ("time", 9, "time/step", "{:.1f}s"),
-    ("tok/s", 9, "tokens_per_s", "{:.0f}"),
-)
-"""Title, width, tag and format; the last ones are left out where the terminal is too narrow."""
-LEGEND = (
-    "acc, reward, len: means of the step's completions (len in tokens)\n"
-    "gap: mean |sampler logprob - trainer logprob|; tok/s: trained tokens per second"
-)
+from jgrpo.run.terminal import ACCURACY, COLUMNS, Column, StepLines, TimeLeft, bars, clock
 
 
 def is_evaluation(tag: str) -> bool:
@@ -60,7 +36,8 @@ class RunLog:
 
     `resume_step`: go on after this step; what was logged of later ones is removed (TensorBoard:
     hidden by the first event of the next file). `live` and `console` follow the terminal unless
-    given. The seconds of each phase add up in `seconds`, until `take_seconds` hands them over.
+    given. The seconds of each phase add up in `seconds`, until `take_seconds` hands them over;
+    those that compilation took of them, in `compile`.
     """
 
     def __init__(
@@ -68,6 +45,7 @@ class RunLog:
         run_dir: Path,
         n_steps: int,
         *,
+        columns: Sequence[Column] = (ACCURACY, *COLUMNS),
         resume_step: int | None = None,
         live: bool | None = None,
         console: Console | None = None,
@@ -76,6 +54,9 @@ class RunLog:
         self.seconds: dict[str, float] = {}
         self._run_dir = run_dir
         self._n_steps = n_steps
+        self._start_s = time.perf_counter()
+        self._lines = StepLines(columns, n_steps, self.console.width)
+        self._left = TimeLeft(n_steps)
         self._header_shown = False
         rows = [] if resume_step is None else truncate_metrics(run_dir, resume_step)
         # Unbuffered: one write a line, so that a killed run tears at most the last.
@@ -90,18 +71,9 @@ class RunLog:
             for row in rows:  # the last step's again: a kill may have come between the two logs
                 if row["step"] == resume_step:
                     self._add_event(row)
-        self._progress = Progress(
-            TextColumn("{task.description:<10}"),
-            BarColumn(bar_width=16),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            _Rate(),
-            console=self.console,
-            transient=True,
-            disable=not (self.console.is_terminal if live is None else live),
-            # The time left follows the mean of the whole run; rich's 30 s can be less than a step.
-            speed_estimate_period=math.inf,
-        )
+        self._compiling = Compilations(lambda line: self.info(line, style="dim"))
+        is_live = self.console.is_terminal if live is None else live
+        self._progress = bars(self.console, is_live, lambda: self._compiling.now)
         self._steps = self._progress.add_task("steps", total=n_steps, completed=resume_step or 0)
         self._phase: TaskID | None = None
         self._lock = threading.Lock()
@@ -115,6 +87,7 @@ class RunLog:
 
     def close(self) -> None:
         self._progress.stop()
+        self._compiling.close()
         self._file.close()
         with contextlib.suppress(OSError):  # a full disk was told of when it was written to
             self._events.close()
@@ -148,9 +121,18 @@ class RunLog:
                 self._write(step, jsonable(part))
         if training:
             self._show_step(step, jsonable(training))
-            self._progress.update(self._steps, completed=step)
+            self._show_left(step, self._left.after_step(step, training))
         if evaluation:
             self._show_evaluation(step, jsonable(evaluation))
+            self._show_left(step, self._left.after_evaluation(step, evaluation))
+
+    def summary(self) -> str:
+        """How long the run took, and how much of that was compilation."""
+        total_s = time.perf_counter() - self._start_s
+        return (
+            f"{self._n_steps} steps: this run took {clock(total_s)}, "
+            f"{clock(self._compiling.seconds)} of it compiling"
+        )
 
     def take_seconds(self) -> dict[str, float]:
         """The seconds of each phase since the last call, as `time/<phase>`."""
@@ -173,13 +155,17 @@ class RunLog:
                 n_tokens += tokens
                 self._progress.update(task, advance=completions, tokens=n_tokens)
 
-        start_s = time.perf_counter()
+        start_s, compiled_s = time.perf_counter(), self._compiling.seconds
         try:
             yield advance
         finally:
-            elapsed_s = time.perf_counter() - start_s
-            self.seconds[name] = self.seconds.get(name, 0.0) + elapsed_s
+            self._add_seconds(name, time.perf_counter() - start_s)
+            if not is_evaluation(f"time/{name}"):
+                self._add_seconds("compile", self._compiling.seconds - compiled_s)
             self._progress.stop_task(task)
+
+    def _add_seconds(self, name: str, seconds: float) -> None:
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
     def _write(self, step: int, metrics: Mapping[str, Any]) -> None:
         row = {"step": step, **metrics}
@@ -201,23 +187,16 @@ class RunLog:
         self._events.write_event(event)
         self._events.flush()
 
-    def _show_step(self, step: int, metrics: dict[str, Any]) -> None:
-        tokens, seconds = metrics.get("tokens/trained"), metrics.get("time/step")
-        if tokens is not None and seconds:
-            metrics = {**metrics, "tokens_per_s": tokens / seconds}
-        width = 2 * len(str(self._n_steps)) + 1
-        title, row = f"{'step':>{max(width, 4)}}", f"{f'{step}/{self._n_steps}':>{max(width, 4)}}"
-        for name, width, tag, form in COLUMNS:
-            if len(title) + width > self.console.width:
-                break
-            value = metrics.get(tag)
-            title += f"{name:>{width}}"
-            row += f"{'-' if value is None else form.format(value):>{width}}"
+    def _show_step(self, step: int, metrics: Mapping[str, Any]) -> None:
         if not self._header_shown:
-            self.info(LEGEND, style="dim")
-            self.info(title, style="bold")
+            self.info(self._lines.legend(), style="dim")
+            self.info(self._lines.title(), style="bold")
             self._header_shown = True
-        self.info(row)
+        self.console.print(self._lines.row(step, metrics), soft_wrap=True)
+
+    def _show_left(self, step: int, left_s: float | None) -> None:
+        since = self._progress.get_time()
+        self._progress.update(self._steps, completed=step, left_s=left_s, since=since)
 
     def _show_evaluation(self, step: int, metrics: Mapping[str, Any]) -> None:
         accuracy, correct, total = (
@@ -226,16 +205,3 @@ class RunLog:
         shown = "-" if accuracy is None else f"{accuracy:.3f}"
         counts = "" if correct is None or total is None else f" ({correct:.0f}/{total:.0f})"
         self.info(f"eval at step {step}: accuracy {shown}{counts}", style="green")
-
-
-class _Rate(ProgressColumn):
-    """Completions and tokens per second where tokens are counted; and the time left."""
-
-    def render(self, task: Task) -> Text:
-        parts = []
-        if task.fields.get("tokens") and task.elapsed:
-            parts.append(f"{task.completed / task.elapsed:.1f}/s")
-            parts.append(f"{task.fields['tokens'] / task.elapsed:.0f} tok/s")
-        if task.time_remaining and not task.finished:
-            parts.append(f"{timedelta(seconds=task.time_remaining)} left")
-        return Text("  ".join(parts), style="cyan")

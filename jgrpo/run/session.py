@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from jgrpo.answers.grader import Grader, Grades
 from jgrpo.config import Config
-from jgrpo.errors import InputError
+from jgrpo.errors import InputError, short
 from jgrpo.policy.lora import split
 from jgrpo.policy.weights import (
     abstract_model,
@@ -84,7 +84,7 @@ class Session:
         c, states = self.config, (self.policy.base, self.policy.adapter)
         base, adapter = (sum(x.size for x in jax.tree.leaves(state)) for state in states)
         return (
-            f"{c.model_id}: {base:,} parameters ({c.dtype}); rank-{c.lora_r} adapter: "
+            f"{short(c.model_id)}: {base:,} parameters ({c.dtype}); rank-{c.lora_r} adapter: "
             f"{adapter:,} ({adapter / base:.2%}) on {jax.devices()[0].device_kind}"
         )
 

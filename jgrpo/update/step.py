@@ -19,6 +19,7 @@ from jgrpo.losses import Terms, k3
 from jgrpo.policy.batch import MicroBatch
 from jgrpo.policy.logprobs import head_logprobs, hidden_states, token_logprobs
 from jgrpo.policy.tape import Tape
+from jgrpo.policy.tracing import traced
 
 Loss = Callable[..., Terms]
 """One of `losses.LOSSES` with its options bound. Besides logprobs, old_logprobs, advantages and
@@ -162,6 +163,7 @@ class Update:
 
     def _blank_tape(self, adapter, base, stack: MicroBatch) -> Tape | None:
         """Zeros; None where a program's memory stays the process's by itself: not on the CPU."""
+        traced("tape", _words(stack))
         if jax.default_backend() != "cpu":
             return None
 
@@ -173,6 +175,8 @@ class Update:
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
     def _through_stack(self, total: Sums, tape, adapter, base, stack: MicroBatch, n, old, ref):
+        traced("update", _words(stack))
+
         def step(i, carry):
             total, tape, logprobs = carry
             batch, o, r = _nth((stack, old, ref), i)
@@ -182,6 +186,8 @@ class Update:
         return jax.lax.fori_loop(0, n, step, (total, tape, jnp.zeros(stack.mask.shape)))
 
     def _logprobs_of_stack(self, adapter, base, stack: MicroBatch, n):
+        traced("logprobs", _words(stack))
+
         def step(i, logprobs):
             batch = _nth(stack, i)
             model = nnx.merge(self.graph, adapter, base)
@@ -220,6 +226,7 @@ class Update:
         return Sums(gradient, metrics, largest_gap), tape, logprobs
 
     def _optimizer_step(self, adapter, opt_state, total: Sums, denominator):
+        traced("optimizer", f"{len(jax.tree.leaves(adapter))} arrays")
         gradient = jax.tree.map(lambda g: g / denominator, total.gradient)
         updates, stepped = self.optimizer.update(gradient, opt_state, adapter)
         new, old = (optax.apply_updates(adapter, updates), stepped), (adapter, opt_state)
@@ -239,6 +246,11 @@ class Update:
         }
         metrics |= {f"train/{name}": x for name, x in per_token.items() if name not in OUR_SUMS}
         return *jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old), metrics
+
+
+def _words(stack: MicroBatch) -> str:
+    (p, s), (r, u), m = stack.prompts.shape[1:], stack.rows.shape[1:], stack.places.shape[1]
+    return f"{p} prompts x {s}, {r} rows x {u}, {m} tokens"
 
 
 def _nth(stack: Tree, i: jax.Array) -> Tree:

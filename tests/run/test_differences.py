@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from jgrpo.config import Config
-from jgrpo.errors import InputError
+from jgrpo.errors import InputError, short
 from jgrpo.run.differences import (
     differences,
     natural,
@@ -17,7 +17,7 @@ from jgrpo.run.differences import (
     shown,
     words,
 )
-from jgrpo.run.rundir import short, write_config
+from jgrpo.run.rundir import write_config
 
 
 def make_run(folder: Path, **changes) -> Path:

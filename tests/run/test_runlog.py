@@ -2,15 +2,29 @@
 
 import io
 import json
+import re
 import threading
 
 import numpy as np
 import pytest
 from rich.console import Console
+from rich.text import Text
 from tiny_run import curves
 
-from jgrpo.errors import RunError, exit_status
-from jgrpo.run.runlog import RunLog, printable
+from jgrpo.config import Config
+from jgrpo.errors import RunError, exit_status, printable
+from jgrpo.run.runlog import RunLog
+from jgrpo.run.terminal import (
+    ACCURACY,
+    COLUMNS,
+    KL,
+    REWARD,
+    StepLines,
+    TimeLeft,
+    bars,
+    clock,
+    columns_of,
+)
 
 STEP = {
     "train/accuracy": 0.5,
@@ -19,9 +33,14 @@ STEP = {
     "train/approx_kl": 0.0012,
     "train/grad_norm": 0.82,
     "sampler/logprob_diff_mean": 3e-7,
-    "tokens/trained": 824,
-    "time/step": 2.0,
+    "tokens/generated": 824,
+    "time/step": 3.0,
+    "time/compile": 1.0,
+    "train/zero_advantage_fraction": 0.25,
+    "train/truncated_fraction": 0.125,
+    "train/entropy": 0.5,
 }
+EVERY = (ACCURACY, REWARD, KL, *COLUMNS)
 EVALUATION = {"eval/accuracy": 0.71, "eval/correct": 71, "eval/total": 100}
 
 
@@ -108,8 +127,8 @@ def test_what_is_logged_is_on_the_disk_in_both_places(tmp_path):
 
 
 def test_the_step_line_shows_the_metrics_under_their_titles(tmp_path):
-    console = plain()
-    with RunLog(tmp_path, 50, console=console) as log:
+    console = plain(120)
+    with RunLog(tmp_path, 50, columns=EVERY, console=console) as log:
         log.log(12, STEP)
         log.log(13, {"train/accuracy": 1.0})
         log.log(13, EVALUATION)
@@ -118,24 +137,42 @@ def test_the_step_line_shows_the_metrics_under_their_titles(tmp_path):
         "step": "12/50",
         "acc": "0.500",
         "reward": "0.250",
+        "kl": "1.2e-03",
         "len": "34.2",
         "gap": "3.0e-07",
         "|grad|": "0.82",
-        "kl": "1.2e-03",
-        "time": "2.0s",
-        "tok/s": "412",  # 824 tokens in 2 s
+        "time": "3.0s",
+        "tok/s": "412",  # 824 tokens in the 2 s that were not compilation
+        "flat": "0.25",
+        "cut": "0.12",
+        "entropy": "0.500",
     }
-    assert bare.split() == ["13/50", "1.000"] + 7 * ["-"]
+    assert bare.split() == ["13/50", "1.000"] + 10 * ["-"]
     assert evaluation == "eval at step 13: accuracy 0.710 (71/100)"
     assert len({len(line) for line in (title, row, bare)}) == 1
+
+
+def test_a_column_is_there_where_it_can_say_something():
+    titles = lambda **changes: [c.title for c in columns_of(Config(**changes))]  # noqa: E731
+    assert not {"reward", "kl", "clip"} & set(titles(use_clip=True, use_kl_penalty=True))
+    for shaped in ({"use_prm": True}, {"use_length_penalty": True}, {"reward_function": "a:b"}):
+        assert titles(**shaped)[:2] == ["acc", "reward"]
+    assert "kl" in titles(epochs_per_step=2)
+    assert "clip" not in titles(epochs_per_step=2)
+    assert {"kl", "clip"} < set(titles(updates_per_epoch=2, use_clip=True))
+
+
+def test_at_80_columns_a_run_of_100_steps_shows_all_that_the_default_has():
+    lines = StepLines(columns_of(Config()), 100, 80)
+    assert lines.title().split()[1:] == [c.title for c in columns_of(Config())]
 
 
 @pytest.mark.parametrize("width", [30, 80])
 def test_no_line_is_wider_than_the_terminal(tmp_path, width):
     console = plain(width)
-    with RunLog(tmp_path, 10_000, console=console) as log:
+    with RunLog(tmp_path, 10_000, columns=EVERY, console=console) as log:
         log.log(10_000, STEP)
-    rows = shown(console).splitlines()[0 if width == 80 else 2 :]  # the legend may wrap
+    rows = shown(console).splitlines()
     assert rows[-1].split()[:2] == ["10000/10000", "0.500"]
     assert all(len(row) <= width for row in rows)
 
@@ -173,8 +210,58 @@ def test_phases_add_up_until_taken_even_when_they_fail(tmp_path):
             raise KeyError
         assert log.seconds["reward"] > first > 0
         taken = log.take_seconds()
-        assert set(taken) == {"time/reward"}
+        assert set(taken) == {"time/reward", "time/compile"}
         assert log.take_seconds() == {}
+
+
+def test_the_bars_are_as_wide_as_the_terminal_and_every_column_keeps_its_place():
+    """Whatever a phase is called, counts or compiles."""
+    frames = []
+    for width in (80, 120):
+        for name, total, done, tokens, program in (
+            ("generation", 256, 7, 12_345, ""),
+            ("a name that is far too long", None, 0, 0, "update (16 prompts x 1024, 64 rows x 8)"),
+            ("reward", 100_000, 99_999, 1, ""),
+        ):
+            console = terminal(width)
+            shown_bars = bars(console, True, lambda program=program: program)
+            steps = shown_bars.add_task("steps", total=1000, completed=9)
+            shown_bars.update(steps, left_s=7265.0, since=shown_bars.get_time())
+            task = shown_bars.add_task(name, total=total, completed=done, tokens=tokens)
+            shown_bars.tasks[task].start_time -= 100
+            with console.capture() as capture:
+                console.print(shown_bars.make_tasks_table(shown_bars.tasks), no_wrap=True)
+            text = Text.from_ansi(capture.get()).plain
+            two = text.splitlines()
+            assert [len(line) for line in two] == [width] * 2
+            bar = [re.search("[━╸╺]+", line).span() for line in two]
+            assert bar[0] == bar[1]
+            frames.append((width, bar[0], two[0][bar[0][1] :]))
+    assert len(set(frames)) == 2  # one a width: nothing has moved
+    (_, (start, end), rest), _ = frames[0], frames[-1]
+    assert end - start >= 12
+    assert rest.split() == ["9/1000", "0:00", "2:01:05", "left"]
+
+
+def test_the_time_left_follows_recent_steps_without_what_was_compiled():
+    left = TimeLeft(43)
+    slow = {"time/step": 71.0, "time/compile": 69.0}  # 2 s of its own
+    assert left.after_step(1, slow) == 42 * 2
+    left.after_step(2, slow)
+    assert left.after_step(3, {"time/step": 2.0, "time/compile": 0.0}) == 40 * 2
+    assert left.after_evaluation(3, {"time/evaluation": 3.0}) == 40 * (2 + 2 + 2 + 3) / 3
+    for step in range(4, 24):
+        seconds = left.after_step(step, {"time/step": 5.0})
+    assert seconds == 20 * 5  # the first ones are forgotten
+
+
+def test_the_time_left_is_not_known_before_a_step():
+    assert TimeLeft(3).after_evaluation(0, {"time/evaluation": 3.0}) is None
+
+
+@pytest.mark.parametrize(("seconds", "shows"), [(0, "0:00"), (59.6, "1:00"), (3723, "1:02:03")])
+def test_a_clock(seconds, shows):
+    assert clock(seconds) == shows
 
 
 def test_progress_from_many_threads_is_not_lost(tmp_path):
