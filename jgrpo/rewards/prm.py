@@ -193,7 +193,7 @@ class ProcessRewards:
 
 
 def _scores(graph: nnx.GraphDef, weights: nnx.State, ids: jax.Array, segments: jax.Array):
-    traced("process rewards", "{} rows x {}".format(*ids.shape))
+    traced("process rewards", "rows {} x {}".format(*ids.shape))
     return jax.nn.sigmoid(nnx.merge(graph, weights)(ids, segments))
 
 

@@ -176,7 +176,7 @@ def _pick(logits, keys, t, temperature, greedy):
 
 def _prefill(graph, adapter, base, ids, lengths) -> tuple[jax.Array, Prefix]:
     """Prompts [P, S] -> logits after the last token of each [P, V], and their prefix."""
-    traced("prefill", "{} prompts x {}".format(*ids.shape))
+    traced("prefill", "prompts {} x {}".format(*ids.shape))
     model = nnx.merge(graph, adapter, base)
     positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
     mask = causal_mask((positions < lengths[:, None]).astype(jnp.int32))
@@ -189,7 +189,7 @@ def _prefill(graph, adapter, base, ids, lengths) -> tuple[jax.Array, Prefix]:
 def _first_tokens(stops, logits, prefix, keys, real, temperature, *, group_size, greedy):
     """The state after the first token of every row; rows that only fill up are done already."""
     layers, p, _, kv_heads, c = prefix.keys.shape
-    traced("first tokens", f"{p} x {group_size} rows")
+    traced("first tokens", f"rows {p} x {group_size}")
     logits = jnp.broadcast_to(logits[:, None], (p, group_size, logits.shape[-1]))
     token, logprob = _pick(logits, keys, 0, temperature, greedy)
     empty = jnp.zeros((layers, p, group_size, 1, kv_heads, c), prefix.keys.dtype)
@@ -206,7 +206,7 @@ def _first_tokens(stops, logits, prefix, keys, real, temperature, *, group_size,
 
 def _decode(graph, stops, adapter, base, prefix, keys, temperature, *, state, capacity, greedy):
     """Decode until `capacity` tokens or until every row is done."""
-    traced("decode", "{} x {} rows, up to {capacity}".format(*keys.shape, capacity=capacity))
+    traced("decode", "rows {} x {}, up to {capacity}".format(*keys.shape, capacity=capacity))
     model = nnx.merge(graph, adapter, base)
     grow = lambda x, axis: jnp.pad(  # noqa: E731
         x, [(0, capacity - x.shape[axis] if i == axis else 0) for i in range(x.ndim)]

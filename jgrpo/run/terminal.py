@@ -42,7 +42,7 @@ COLUMNS = (
     Column("cut", 6, "train/truncated_fraction", "{:.2f}", "share that max_tokens cut off"),
     Column("entropy", 9, "train/entropy", "{:.3f}", "of the policy, nats a token"),
 )
-KL = Column("kl", 9, "train/approx_kl", "{:.1e}", "to the policy at the start of the step, nats")
+KL = Column("kl", 9, "train/approx_kl", "{:.1e}", "from the step's first policy, nats")
 CLIP = Column("clip", 6, "train/clip_fraction", "{:.2f}", "share of clipped tokens")
 
 

@@ -250,7 +250,7 @@ class Update:
 
 def _words(stack: MicroBatch) -> str:
     (p, s), (r, u), m = stack.prompts.shape[1:], stack.rows.shape[1:], stack.places.shape[1]
-    return f"{p} prompts x {s}, {r} rows x {u}, {m} tokens"
+    return f"prompts {p} x {s}, rows {r} x {u}, {m} tokens"
 
 
 def _nth(stack: Tree, i: jax.Array) -> Tree:
