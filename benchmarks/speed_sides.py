@@ -1,4 +1,4 @@
-"""The sides of speed.py, which starts each as a process of its own: `speed_sides.py SIDE FOLDER N`."""
+"""The sides of speed.py, each a process that it starts: `speed_sides.py SIDE FOLDER N`."""
 
 import json
 import os
