@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jgrpo.policy import Decoder
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 _HANDED_ON = {
     "Config": "config",
     "load_config": "config",

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import tyro
 
-from jgrpo.config import Config, load_config
+from jgrpo.config import Config, config_of_run, load_config
 from jgrpo.errors import InputError
 from jgrpo.run.rundir import existing_adapter, last_adapter, read_config, run_of_adapter
 
@@ -177,14 +177,8 @@ def tune_allocator() -> None:
 
 def resumed_config(run: Path) -> Config:
     """The config that a run was started with. InputError if it is not one of this version's."""
-    saved = read_config(run)["config"]
-    known = {f.name for f in dataclasses.fields(Config)}
-    if odd := sorted(set(saved) ^ known):
-        raise InputError(f"{run}/config.json is of another version: it differs in {odd}")
-    try:
-        return Config(**saved)
-    except InputError as error:
-        raise InputError(f"{run}/config.json: {error}") from None
+    read_config(run)
+    return config_of_run(run / "config.json")
 
 
 def _check_resume(saved: Config, asked: Config) -> None:

@@ -4,6 +4,9 @@ A config file is Python that defines `config = Config(...)`; a variant is `datac
 another. It is executed, so treat one from a stranger as you would treat a program.
 """
 
+import dataclasses
+import difflib
+import json
 import runpy
 import traceback
 from dataclasses import dataclass
@@ -215,11 +218,47 @@ class Config:
         return tuple(url.strip().rstrip("/") for url in self.vllm_url.split(","))
 
 
+SHIPPED = Path(__file__).with_name("configs")
+"""The config files that come with the package: `--config tiny` finds them by name."""
+
+
+def config_file(name: str | Path) -> Path:
+    """A file as it is given, or the one of this name that comes with the package. A run folder is
+    its config.json. InputError if there is neither."""
+    file = Path(name).expanduser()
+    if (file / "config.json").is_file() and (file / "metrics.jsonl").is_file():
+        return file / "config.json"
+    if file.is_file():
+        return file
+    known = sorted(f.stem for f in SHIPPED.glob("*.py"))
+    if file.suffix in ("", ".py") and file.stem in known and file.parent.name in ("", "configs"):
+        return SHIPPED / f"{file.stem}.py"
+    near = difflib.get_close_matches(file.stem, known, 1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise InputError(f"--config {name}: no such file, and none of {', '.join(known)}{hint}")
+
+
+def config_of_run(file: Path) -> Config:
+    """The options in a run's config.json. InputError if it is not one of this version's."""
+    try:
+        saved = json.loads(file.read_text("utf-8"))["config"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f'{file}: not the config.json of a run (no "config"): {error!r}') from error
+    known = {f.name for f in dataclasses.fields(Config)}
+    if not isinstance(saved, dict) or (odd := sorted(set(saved) ^ known)):
+        raise InputError(f"{file} is of another version: it differs in {odd}")
+    try:
+        return Config(**saved)
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from None
+
+
 def load_config(file: str | Path) -> Config:
-    """Run a config file and return its `config`. Raises InputError if it has none."""
-    file = Path(file)
-    if not file.is_file():
-        raise InputError(f"--config {file}: no such file")
+    """The `config` of a config file (which is run), of one that comes with the package (by its
+    name), or of a run's config.json. Raises InputError if there is none."""
+    file = config_file(file)
+    if file.suffix == ".json":
+        return config_of_run(file)
     try:
         config = runpy.run_path(str(file)).get("config")
     except InputError as error:

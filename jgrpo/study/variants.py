@@ -1,4 +1,5 @@
-"""Variants of a config, by name: what a file in configs/ changes of rank1.py, applied to any base.
+"""Variants of a config, by name: what a file changes of rank1.py, applied to any base. The files
+are those beside the base, and the ones that come with the package.
 
 `clip` is what configs/clip.py changes, `four_updates+clip` both changes, `lora_r=2` the change
 itself, `rank1` none.
@@ -10,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from jgrpo.config import Config, load_config
+from jgrpo.config import SHIPPED, Config, load_config
 from jgrpo.errors import InputError
 
 BASELINE = "rank1"
@@ -38,7 +39,8 @@ class Variant:
 
 
 def read_variants(names: tuple[str, ...], folder: Path) -> list[Variant]:
-    """The variants of these names, whose files are in `folder`. InputError for one that is not."""
+    """The variants of these names, whose files are in `folder` or come with the package (the folder's
+    own first). InputError for one that is not there."""
     if len(set(names)) < len(names):
         raise InputError(f"a variant is given twice: {' '.join(names)}")
     variants = []
@@ -65,13 +67,14 @@ def _part(part: str, folder: Path) -> tuple[dict[str, Any], str]:
             return {field: ast.literal_eval(value)}, part
         except (ValueError, SyntaxError):
             return {field: value}, part
-    baseline, file = folder / f"{BASELINE}.py", folder / f"{part}.py"
-    if not baseline.is_file():
-        raise InputError(f"{folder} has no {BASELINE}.py, of which variants are changes")
-    if not file.is_file():
-        known = ", ".join(sorted(f.stem for f in folder.glob("*.py")))
-        raise InputError(f"variant {part}: there is no {file}; there are {known}, or FIELD=VALUE")
-    before, after = load_config(baseline), load_config(file)
+    found = {f.stem: f for where in (SHIPPED, folder) for f in sorted(where.glob("*.py"))}
+    if part not in found:
+        known = ", ".join(sorted(found))
+        raise InputError(
+            f"variant {part}: there is no {folder / part}.py; there are {known}, or FIELD=VALUE"
+        )
+    file = found[part]
+    before, after = load_config(found[BASELINE]), load_config(file)
     fields = (f.name for f in dataclasses.fields(Config))
     changes = {n: getattr(after, n) for n in fields if getattr(after, n) != getattr(before, n)}
     return changes, (ast.get_docstring(ast.parse(file.read_text("utf-8"))) or "").rstrip(".")
