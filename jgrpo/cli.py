@@ -13,14 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-import tyro
-
 from jgrpo.config import Config, config_of_run, load_config
 from jgrpo.errors import InputError
+from jgrpo.flags import parse_flags
 from jgrpo.run.rundir import existing_adapter, last_adapter, read_config, run_of_adapter
 
-STUDY_FLAGS = {"--no_std_norm": "--no_use_std_norm"}
-"""Flags of the PyTorch study that are named otherwise here."""
 KEEP_FREED_MEMORY = (
     "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=17179869184:"
     "glibc.malloc.trim_threshold=17179869184"
@@ -40,7 +37,7 @@ class Command:
 
     config: Path | None = None
     """Config file (Python that defines `config`): its values become the defaults below."""
-    options: tyro.conf.OmitArgPrefixes[Config] = field(default_factory=Config)
+    options: Config = field(default_factory=Config)
 
 
 @dataclass(frozen=True)
@@ -102,12 +99,12 @@ def parse(kind: type[C], argv: Sequence[str] | None = None, *, name: str = "") -
 
     `name` is the command's, if it is not that of the class.
     """
-    args = _plain_flags([STUDY_FLAGS.get(a, a) for a in (sys.argv[1:] if argv is None else argv)])
+    args = list(sys.argv[1:] if argv is None else argv)
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found"
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--config", type=Path)
-    for name in ("resume", "run", "adapter"):
-        first.add_argument(f"--{name}", type=Path)
+    for word in ("resume", "run", "adapter"):
+        first.add_argument(f"--{word}", type=Path)
     try:
         given, _ = first.parse_known_args(args)
     except argparse.ArgumentError:
@@ -122,13 +119,8 @@ def parse(kind: type[C], argv: Sequence[str] | None = None, *, name: str = "") -
         config = load_config(given.config)
     elif kind is Evaluate and (run := given.run or run_of_adapter(given.adapter)):
         config = resumed_config(run)
-    command = tyro.cli(
-        kind,
-        args=args,
-        default=kind(options=config),
-        prog=f"python -m jgrpo.{name or kind.__name__.lower()}",
-        use_underscores=True,
-    )
+    prog = f"python -m jgrpo.{name or kind.__name__.lower()}"
+    command: C = parse_flags(kind, config, args, prog)
     if isinstance(command, Train) and command.resume is not None:
         _check_resume(config, command.options)
     if isinstance(command, Evaluate):
@@ -148,19 +140,6 @@ def _adapter_of(command: Evaluate) -> Path | None:
         return last_adapter(run) if step is None else existing_adapter(run, step)
     is_run = adapter is not None and run_of_adapter(adapter) == adapter
     return last_adapter(adapter) if adapter and is_run else adapter
-
-
-def _plain_flags(args: list[str]) -> list[str]:
-    """`--use_clip True` and `--use_clip False` as `--use_clip` and `--no_use_clip`."""
-    switches = {f"--{f.name}" for f in dataclasses.fields(Config) if f.type is bool}
-    plain: list[str] = []
-    for arg in args:
-        if plain and plain[-1] in switches and arg in ("True", "False"):
-            if arg == "False":
-                plain[-1] = plain[-1].replace("--", "--no_", 1)
-        else:
-            plain.append(arg)
-    return plain
 
 
 def tune_allocator() -> None:

@@ -33,7 +33,7 @@ class Config:
     lora_target_modules: tuple[str, ...] = PROJECTIONS
     """Which projections get an adapter."""
 
-    # -- the update
+    # -- update
     lr: float = 9e-5
     """Adam's highest learning rate (betas 0.9, 0.999; eps 1e-8; global gradient norm <= 1)."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
@@ -168,7 +168,7 @@ class Config:
     temperature: float = 1.0
     """Sampling temperature of the rollouts; evaluation is greedy."""
 
-    # -- the run
+    # -- run
     base_dir: str = "runs"
     """Runs are numbered folders in here."""
     run_dir: str = ""
@@ -243,7 +243,9 @@ def config_of_run(file: Path) -> Config:
     try:
         saved = json.loads(file.read_text("utf-8"))["config"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f'{file}: not the config.json of a run (no "config"): {error!r}') from error
+        raise InputError(
+            f'{file}: not the config.json of a run (no "config"): {error!r}'
+        ) from error
     known = {f.name for f in dataclasses.fields(Config)}
     if not isinstance(saved, dict) or (odd := sorted(set(saved) ^ known)):
         raise InputError(f"{file} is of another version: it differs in {odd}")

@@ -39,8 +39,8 @@ class Variant:
 
 
 def read_variants(names: tuple[str, ...], folder: Path) -> list[Variant]:
-    """The variants of these names, whose files are in `folder` or come with the package (the folder's
-    own first). InputError for one that is not there."""
+    """The variants of these names; their files are in `folder`, or come with the package.
+    InputError for one that is not there."""
     if len(set(names)) < len(names):
         raise InputError(f"a variant is given twice: {' '.join(names)}")
     variants = []
