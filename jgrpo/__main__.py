@@ -9,6 +9,8 @@ COMMANDS = {
     "evaluate": "accuracy of the base model, an adapter, or a run",
     "serve": "start vLLM with exactly the options that a config needs",
     "plot": "learning curves of runs as a picture",
+    "view": "a page to read runs on: curves, completions, health",
+    "show": "completions of a step in the terminal",
     "replay": "compute a logged step again, and compare",
     "ablate": "loss variants on the same completions, or variants x seeds as runs",
     "tiny": "make the quick start's model and problems from nothing",

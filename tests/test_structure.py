@@ -28,8 +28,19 @@ FLOORS = [
     {"policy", "prompts"},
     {"update", "rollout", "rewards"},
     {"run"},
-    {"study", "cli", "flags"},
-    {"train", "evaluate", "serve", "replay", "ablate", "plot", "__init__", "__main__"},
+    {"study", "page", "cli", "flags"},
+    {
+        "train",
+        "evaluate",
+        "serve",
+        "replay",
+        "ablate",
+        "plot",
+        "view",
+        "show",
+        "__init__",
+        "__main__",
+    },
     {"tiny"},
 ]
 FLOOR_OF = {room: i for i, rooms in enumerate(FLOORS, 1) for room in rooms}
