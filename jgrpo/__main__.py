@@ -18,6 +18,7 @@ COMMANDS = {
 
 
 def usage() -> str:
+    """What is printed without a command: one line a command."""
     lines = [f"  {name:<10}{about}" for name, about in COMMANDS.items()]
     return "\n".join(
         [
