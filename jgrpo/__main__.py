@@ -4,6 +4,8 @@ import difflib
 import runpy
 import sys
 
+from jgrpo.errors import stop_at_once
+
 COMMANDS = {
     "train": "train a LoRA adapter by GRPO, or go on with a run (--resume)",
     "evaluate": "accuracy of the base model, an adapter, or a run",
@@ -34,6 +36,7 @@ def usage() -> str:
 
 def main() -> None:
     """Run the command that the first word names, as `python -m jgrpo.COMMAND` does."""
+    stop_at_once()
     name = sys.argv[1] if sys.argv[1:] else ""
     if name in COMMANDS:
         del sys.argv[1]

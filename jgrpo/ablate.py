@@ -4,6 +4,11 @@
 `runs` trains every variant over several seeds and writes a report.
 """
 
+from jgrpo.errors import stop_at_once
+
+if __name__ == "__main__":
+    stop_at_once()
+
 import json
 import shlex
 import sys

@@ -7,6 +7,7 @@ imported here, so that help and mistakes are answered at once.
 import argparse
 import dataclasses
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from jgrpo.config import Config, config_of_run, load_config
-from jgrpo.errors import InputError
+from jgrpo.errors import SIGNALS, InputError
 from jgrpo.flags import parse_flags
 from jgrpo.run.rundir import existing_adapter, last_adapter, read_config, run_of_adapter
 
@@ -151,6 +152,7 @@ def tune_allocator() -> None:
     has_gpu = any(Path("/dev").glob("nvidia[0-9]*"))
     if sys.platform == "linux" and not has_gpu and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = KEEP_FREED_MEMORY
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until stop_at_once: Python's own start
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 

@@ -38,23 +38,54 @@ def short(path: str | Path) -> str:
     return str("~" / whole.relative_to(home)) if whole.is_relative_to(home) else str(whole)
 
 
+SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGALRM
+AGAIN_S = 3.0
+
+
+def stop_at_once() -> None:
+    """Until a command is at work, Ctrl-C ends the process on the spot: some of what is imported
+    would catch it, and go on."""
+
+    def stop(number: int, _: Any) -> None:
+        os.write(2, b"stopped before anything was done\n")
+        os._exit(128 + number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, stop)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # see cli.tune_allocator
+
+
 @contextlib.contextmanager
 def exit_status() -> Iterator[None]:
     """Turn the errors above into one message on stderr and an exit status, without a traceback;
-    Ctrl-C into 130, as a shell does."""
+    Ctrl-C into 130, as a shell does. A Ctrl-C that is lost (raised in a callback of a library, it
+    goes nowhere) is raised again every AGAIN_S seconds until it is heeded."""
     try:
-        yield
+        with _on_interrupt(_raise_until_heeded):
+            yield
     except (InputError, RunError) as error:
         # A message quotes servers, files and rows.
         print(printable(f"error: {error}", sys.stderr.encoding or "utf-8"), file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        if not error.args:  # else what is to be said of it was said
+            print("stopped", file=sys.stderr)
         sys.exit(130)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _raise_until_heeded(number: int, _: Any) -> None:
+    signal.setitimer(signal.ITIMER_REAL, AGAIN_S)  # SIGALRM, which comes here too
+    raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
 def no_more_interrupts() -> Iterator[None]:
     """A second Ctrl-C must not tear what is written after the first."""
+    if signal.getsignal(signal.SIGALRM) is _raise_until_heeded:
+        signal.setitimer(signal.ITIMER_REAL, 0)
     with _on_interrupt(signal.SIG_IGN):
         yield
 
@@ -71,12 +102,11 @@ def interrupts_later() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _on_interrupt(handler: Any) -> Iterator[None]:
-    """Handle both signals so, but for one that is ignored already."""
+    """Handle all three signals so, but for one that is ignored already."""
     if threading.current_thread() is not threading.main_thread():
         yield  # signals do not come here
         return
-    both = signal.SIGINT, signal.SIGTERM
-    before = {s: h for s in both if (h := signal.getsignal(s)) != signal.SIG_IGN}
+    before = {s: h for s in SIGNALS if (h := signal.getsignal(s)) != signal.SIG_IGN}
     for number in before:
         signal.signal(number, handler)
     try:

@@ -3,8 +3,11 @@
 Greedy accuracy on the config's evaluation problems; the last line printed is one JSON object.
 """
 
+from jgrpo.errors import InputError, exit_status, stop_at_once
+
+if __name__ == "__main__":
+    stop_at_once()
 from jgrpo import cli
-from jgrpo.errors import InputError, exit_status
 
 if __name__ == "__main__":  # before JAX is imported: help and mistakes are answered at once
     cli.tune_allocator()

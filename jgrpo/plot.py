@@ -1,5 +1,10 @@
 """Learning curves as a PNG: python -m jgrpo.plot runs/1 runs/2 --out curves.png."""
 
+from jgrpo.errors import stop_at_once
+
+if __name__ == "__main__":
+    stop_at_once()
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

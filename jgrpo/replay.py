@@ -4,8 +4,11 @@ Step K is learned from again, with its saved rollouts and the adapter that sampl
 comes out is compared with what the run logged. On the machine of the run it is the same bits.
 """
 
+from jgrpo.errors import InputError, RunError, exit_status, stop_at_once
+
+if __name__ == "__main__":
+    stop_at_once()
 from jgrpo import cli
-from jgrpo.errors import InputError, RunError, exit_status
 
 if __name__ == "__main__":  # before JAX is imported, as in train
     cli.tune_allocator()

@@ -7,6 +7,11 @@ What follows `--` goes to vLLM as it is, and wins over ours. Host and port are t
 vllm_url; start each further server with `-- --port N`.
 """
 
+from jgrpo.errors import stop_at_once
+
+if __name__ == "__main__":
+    stop_at_once()
+
 import importlib.metadata
 import os
 import shlex

@@ -4,8 +4,11 @@
 sampler loads it. Step k samples with adapter k - 1 and gives adapter k.
 """
 
+from jgrpo.errors import RunError, exit_status, no_more_interrupts, printable, stop_at_once
+
+if __name__ == "__main__":
+    stop_at_once()
 from jgrpo import cli
-from jgrpo.errors import RunError, exit_status, no_more_interrupts, printable
 
 if __name__ == "__main__":  # before JAX is imported: help and mistakes are answered at once
     cli.tune_allocator()
@@ -13,7 +16,6 @@ if __name__ == "__main__":  # before JAX is imported: help and mistakes are answ
         COMMAND = cli.parse(cli.Train)
 
 import shutil
-import signal
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -185,6 +187,8 @@ def train(config: Config, resume: Path | None = None) -> Path:
                 message = record.stop()
             if memory.ran_out(error):
                 error = RunError(f"out of memory: {memory.KNOBS}. {str(error).splitlines()[0]}")
+            if isinstance(error, KeyboardInterrupt):
+                error.args = (message,)
             if isinstance(error, RunError | OSError):
                 raise RunError(f"{error}\n{message}") from error
             log.info(message)
@@ -209,7 +213,6 @@ def dry_run(config: Config) -> None:
 
 
 def main() -> None:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with exit_status():
         if COMMAND.dry_run:
             dry_run(COMMAND.options)

@@ -30,6 +30,7 @@ from rich.progress import track
 from transformers import Qwen2Config
 
 from jgrpo.cli import tune_allocator
+from jgrpo.errors import stop_at_once
 from jgrpo.policy.attention import full_attention
 from jgrpo.policy.model import ModelConfig, positions_in
 from jgrpo.policy.weights import save_model
@@ -283,5 +284,6 @@ def report(folder: Path, held_out: dict) -> None:
 
 
 if __name__ == "__main__":
+    stop_at_once()
     tune_allocator()
     main()
