@@ -33,6 +33,28 @@ import jgrpo
 from jgrpo.policy.batch import MicroBatch, Rows, Shape, _fill, _pack, bucket
 from jgrpo.policy.lora import LoRAParam, split
 
+
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="every test, the long ones and vLLM's too")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Without --all, -m or a test's name: what takes less than five minutes."""
+    named = any("::" in word for word in config.args)
+    if config.getoption("--all") or config.getoption("-m") or named:
+        return
+    long = [
+        item for item in items if {"slow", "vllm"} & {mark.name for mark in item.iter_markers()}
+    ]
+    items[:] = [item for item in items if item not in set(long)]
+    config.hook.pytest_deselected(items=long)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if left := terminalreporter.stats.get("deselected"):
+        terminalreporter.write_line(f"{len(left)} longer tests were left out: pytest --all")
+
+
 # A shell's background jobs ignore Ctrl-C, and so would all that a test starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
