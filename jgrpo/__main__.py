@@ -10,6 +10,7 @@ COMMANDS = {
     "train": "train a LoRA adapter by GRPO, or go on with a run (--resume)",
     "evaluate": "accuracy of the base model, an adapter, or a run",
     "serve": "start vLLM with exactly the options that a config needs",
+    "runs": "a table of runs: how far, how good, what differs",
     "plot": "learning curves of runs as a picture",
     "view": "a page to read runs on: curves, completions, health",
     "show": "completions of a step in the terminal",

@@ -26,12 +26,17 @@ from jgrpo import cli
 from jgrpo.config import Config
 from jgrpo.errors import InputError, exit_status
 from jgrpo.run.rundir import jsonable, rollouts_file, write_whole
-from jgrpo.study.variants import BASELINE, Variant, read_variants
+from jgrpo.study.variants import BASELINE, Variant, read_variants, with_references
 
 USAGE = """usage: python -m jgrpo.ablate {rollouts,runs} [-h] [OPTIONS]
 
   rollouts RUN   every variant's loss and gradient on a run's saved rollouts: seconds
   runs           variants x seeds as runs, with a report; --config FILE gives the base
+
+A variant is the name of a file in configs/, a FIELD=VALUE, or several joined by +:
+
+  python -m jgrpo.ablate rollouts runs/1 --step 10 --variants clip dapo entropy_coef=0.01
+  python -m jgrpo.ablate runs --config configs/tiny.py --variants rank4 lr=2e-3 --seeds 0 1 2
 
 Each has its own --help."""
 TECHNIQUES = ("no_std_norm", "kl", "clip", "token_level", "dr_grpo", "gspo", "cispo", "rloo",
@@ -83,7 +88,9 @@ def on_rollouts(options: Rollouts, console: Console) -> Path:
     sampled_by = options.step - 1
     differentiated = sampled_by if options.policy_step is None else options.policy_step
     config = cli.resumed_config(options.run)
-    variants = read_variants(options.variants, options.configs)
+    names = options.variants
+    names = names if BASELINE in names else (BASELINE, *names)  # the cosines are with the first
+    variants = read_variants(names, options.configs)
     configs = {v.name: variant_on_rollouts(v, config) for v in variants}
     file = rollouts_file(options.run, options.step)
     lines = fixed.read_rollouts(file, config.group_size)
@@ -147,7 +154,10 @@ def as_runs(command: cli.AblateRuns, console: Console) -> Path:
         raise InputError("--config FILE is needed: variants are the files beside it")
     if command.jobs < 1 or not command.seeds:
         raise InputError("--jobs must be 1 or more, and there must be a seed")
-    variants = read_variants(command.variants or STUDY, command.config.parent)
+    names = with_references(asked := command.variants or STUDY)
+    variants = read_variants(names, command.config.parent)
+    if added := names[: len(names) - len(asked)]:
+        console.print(f"to compare with, also: {', '.join(added)}", markup=False)
     jobs = sweep.plan(command.options, variants, command.seeds, command.out)
     words = shlex.join(["python", "-m", "jgrpo.ablate", *sys.argv[1:]])
     sweep.write_manifest(command.out, command.options, variants, words)
@@ -179,14 +189,17 @@ What each variant is:
     }
     report.write_report(command.out, f"Ablation of {command.config.stem}", text, pictures)
     header, body = found
-    show(console, [*header[:3], header[5], header[-1]],
-         [[*row[:3], row[5], row[-1]] for row in body])  # fmt: skip
+    show(console, [header[0], header[2], header[5], header[-1]],
+         [[row[0], row[2], row[5], row[-1]] for row in body])  # fmt: skip
     console.print(f"report: {command.out / 'report.md'}", markup=False)
     return command.out
 
 
 def show(console: Console, header: Sequence[str], body: Sequence[Sequence[object]]) -> None:
-    shown = Table(*header)
+    """A table whose names are whole; what is too wide for the terminal goes on below."""
+    shown = Table()
+    for i, title in enumerate(header):
+        shown.add_column(title, no_wrap=i == 0, overflow="fold")
     for row in body:
         shown.add_row(*(str(cell).strip("`") for cell in row))
     console.print(shown)
@@ -203,7 +216,8 @@ def parse(args: Sequence[str]) -> Rollouts | cli.AblateRuns:
     if kind in ("-h", "--help"):
         print(USAGE)
         sys.exit(0)
-    raise InputError(f"{kind!r} is neither rollouts nor runs\n{USAGE}")
+    wrong = f"{kind!r} is neither rollouts nor runs" if args else "say what: rollouts or runs"
+    raise InputError(f"{wrong}\n{USAGE}")
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 a sweep that is stopped, goes on, and reports."""
 
 import dataclasses
+import io
 import json
 import math
 import shutil
@@ -16,7 +17,7 @@ from rich.console import Console
 from tiny_run import tiny_config, write_base, write_config_file, write_problems
 
 from jgrpo import cli
-from jgrpo.ablate import Rollouts, as_runs, on_rollouts, variant_on_rollouts
+from jgrpo.ablate import Rollouts, as_runs, on_rollouts, show, variant_on_rollouts
 from jgrpo.errors import InputError
 from jgrpo.policy.adapter import adapter_arrays
 from jgrpo.run.rundir import read_metrics
@@ -158,7 +159,7 @@ def command(root: Path, *args: str) -> cli.AblateRuns:
 @pytest.fixture(scope="module")
 def swept(root):
     """Two variants that must be equal to the bit, and one that must not; then all again."""
-    asked = command(root, "--variants", "rank1", "clip", "token_level")
+    asked = command(root, "--variants", "clip", "token_level")  # rank1 comes by itself
     (root / "sweep/rank1").mkdir(parents=True)
     half = dataclasses.replace(asked.options, seed=0, run_dir=str(root / "sweep/rank1/seed_0"))
     with pytest.MonkeyPatch.context() as patch:  # a run that a stopped sweep has left half done
@@ -197,10 +198,10 @@ def test_a_sweep_leaves_a_run_folder_each_and_goes_on_with_a_half_done_one(swept
 def test_the_report_says_what_was_found(swept):
     text = (swept / "report.md").read_text()
     [clip] = [line for line in text.splitlines() if line.startswith("| `clip` |")]
-    assert "identical to the bit" in clip
+    assert "the same to the bit: says nothing" in clip
     assert "0.0 ± 0.0" in clip
     [other] = [line for line in text.splitlines() if line.startswith("| `token_level` |")]
-    assert "identical" not in other
+    assert "the same" not in other
     assert "](effects.png)" in text
     page = (swept / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 2
@@ -242,13 +243,18 @@ def test_the_command_line_says_what_it_can_do():
     done = subprocess.run([*ablate, "run"], capture_output=True, text=True)
     assert done.returncode == 2
     assert "'run' is neither rollouts nor runs" in done.stderr
+    done = subprocess.run(ablate, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: say what: rollouts or runs\nusage: ")
+    assert "ablate runs --config configs/tiny.py --variants rank4" in done.stderr
 
 
 # -- statistics -------------------------------------------------------------------------------
 
 
 def fake(final: float, **others) -> report.Run:
-    fields = {"steps": [0, 1], "accuracy": [0.0, final], "adapter": {"a": np.array([final])}}
+    fields = {"steps": [0, 1], "accuracy": [0.0, final], "adapter": {"a": np.array([final])},
+              "fresh": {"a": np.zeros(1)}}  # fmt: skip
     fields |= dict.fromkeys(("generated_tokens", "trained_tokens", "seconds"), 1.0)
     return report.Run(**(fields | others))
 
@@ -281,8 +287,55 @@ def test_differences_are_paired_by_seed():
 )
 def test_verdicts(gain, half, says):
     flat = report.Interval(0.0, 0.1)
-    assert report.verdict(report.Interval(gain, half), flat, False, 0.02).startswith(says)
-    assert report.verdict(report.Interval(gain, half), flat, True, 0.02).startswith("identical")
+    assert report.verdict(report.Interval(gain, half), flat, "", 0.02).startswith(says)
+    same = report.verdict(report.Interval(gain, half), flat, "to rounding", 0.02)
+    assert same == "the same to rounding: says nothing about the technique"
+
+
+def ended(*values: float, final: float = 0.5) -> report.Run:
+    return fake(final, adapter={"a": np.array(values)}, fresh={"a": np.zeros(len(values))})
+
+
+def test_runs_are_the_same_to_the_bit_to_rounding_or_not():
+    """Apart by less than a thousandth of the way that training took (here 5: 3 and 4)."""
+    reference = {0: ended(3.0, 4.0), 1: ended(3.0, 4.0)}
+    for second, says in (
+        (ended(3.0, 4.0), "to the bit"),
+        (ended(3.0, 4.0 + 1e-5), "to rounding"),
+        (ended(3.0, 4.006), ""),
+        (ended(3.0, 4.0 + 1e-5, final=0.6), ""),  # its evaluations differ
+        (ended(3.0), ""),  # another rank
+    ):
+        assert report.sameness({0: ended(3.0, 4.0), 1: second}, reference) == says, says
+    assert report.sameness({0: ended(3.0, 4.0)}, reference) == ""
+
+
+def test_equal_rows_get_equal_verdicts_and_one_row_is_the_reference():
+    seeds = range(3)
+    results = {
+        "rank1": {s: ended(3.0, 4.0 + s) for s in seeds},
+        "bit": {s: ended(3.0, 4.0 + s) for s in seeds},
+        "rounding": {s: ended(3.0, 4.0 + s + 1e-6) for s in seeds},
+    }
+    _, rows = report.results_table(results, dict.fromkeys(results, "rank1"), 0.02)
+    assert [row[-1] for row in rows] == [
+        "the reference",
+        "the same to the bit: says nothing about the technique",
+        "the same to rounding: says nothing about the technique",
+    ]
+
+
+def test_names_are_whole_at_80_columns():
+    console = Console(file=io.StringIO(), width=80)
+    name = "four_updates+use_importance_weights=True"
+    says = "undecided: the interval is too wide; learns later"
+    show(console, ["variant", "final accuracy, %", "final, points", "verdict"],
+         [[f"`{name}`", "88.7 ± 5.9", "+2.7 ± 2.5", says]])  # fmt: skip
+    lines = console.file.getvalue().splitlines()
+    assert any(name in line for line in lines)
+    assert max(map(len, lines)) <= 80
+    cells = [line.split("│")[4].strip() for line in lines if line.count("│") == 5]
+    assert "".join(cells).replace(" ", "") == says.replace(" ", "")
 
 
 def test_seconds_and_tokens_are_those_of_the_run(swept):

@@ -36,6 +36,7 @@ FLOORS = [
         "replay",
         "ablate",
         "plot",
+        "runs",
         "view",
         "show",
         "__init__",

@@ -63,8 +63,8 @@ class Compilations:
         if event == COMPILED:
             name = self._label or plain(about.get("fun_name", ""))
             if self._own_s >= SLOW_S:
-                source = ", from the disk's cache" if self._from_disk else ""
-                self._tell(f"compiled {name}: {self._own_s:.1f} s{source}")
+                verb = "loaded" if self._from_disk else "compiled"
+                self._tell(f"{verb} {name}: {self._own_s:.1f} s")
             self._own_s, self._from_disk, self._label = 0.0, False, ""
         self._at_work = ""
 

@@ -24,7 +24,9 @@ def run_folders(folder: Path) -> list[Path]:
     except OSError as error:
         raise InputError(f"{folder}: not a run folder: {error}") from error
     if not found:
-        raise InputError(f"{folder}: not a run folder, and none in it: no metrics.jsonl")
+        raise InputError(
+            f"{folder}: not a run folder: it has no metrics.jsonl, nor has a folder in it"
+        )
     return found
 
 
@@ -77,6 +79,17 @@ def differences(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str,
 
 def _alike(values: Sequence[Any]) -> bool:
     return all(value == values[0] for value in values)
+
+
+def briefly(options: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The differences; where they are more than two, without the values that most runs share."""
+    every = list(options.values())
+    if max(map(len, every), default=0) <= 2:
+        return {name: dict(own) for name, own in options.items()}
+    share = lambda k, v: sum(own.get(k) == v for own in every) / len(every)  # noqa: E731
+    return {
+        name: {k: v for k, v in own.items() if share(k, v) <= 0.5} for name, own in options.items()
+    }
 
 
 def words(options: Mapping[str, Any]) -> str:

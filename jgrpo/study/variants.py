@@ -7,6 +7,8 @@ itself, `rank1` none.
 
 import ast
 import dataclasses
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,10 +37,24 @@ class Variant:
     @property
     def reference(self) -> str:
         """What it is compared with: the variant without its last part."""
-        return self.name.rpartition("+")[0] or BASELINE
+        return "+".join(parts_of(self.name)[:-1]) or BASELINE
 
 
-def read_variants(names: tuple[str, ...], folder: Path) -> list[Variant]:
+def parts_of(name: str) -> list[str]:
+    """`four_updates+clip` -> both; the plus of a number, as in lr=1e+0, parts nothing."""
+    return re.split(r"(?<![\d.][eE])\+|\+(?!\d)", name)
+
+
+def with_references(names: Sequence[str]) -> tuple[str, ...]:
+    """The names, and before them what they are to be compared with: each without its last part, and
+    so down to the baseline."""
+    needed = [BASELINE]
+    for parts in map(parts_of, names):
+        needed += ["+".join(parts[:n]) for n in range(1, len(parts))]
+    return *(name for name in dict.fromkeys(needed) if name not in names), *names
+
+
+def read_variants(names: Sequence[str], folder: Path) -> list[Variant]:
     """The variants of these names; their files are in `folder`, or come with the package.
     InputError for one that is not there."""
     if len(set(names)) < len(names):
@@ -47,7 +63,7 @@ def read_variants(names: tuple[str, ...], folder: Path) -> list[Variant]:
     for name in names:
         changes: dict[str, Any] = {}
         about = []
-        for part in name.split("+"):
+        for part in parts_of(name):
             new, text = _part(part, folder)
             if twice := sorted(k for k in changes.keys() & new.keys() if changes[k] != new[k]):
                 raise InputError(f"variant {name}: two of its parts set {', '.join(twice)}")

@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from jgrpo.config import Config
 from jgrpo.errors import InputError
-from jgrpo.plot import save
-from jgrpo.run.curves import COLOURS, draw, run_names, series
+from jgrpo.plot import labelled, save
+from jgrpo.run.curves import COLOURS, draw, series
+from jgrpo.run.differences import run_folders
+from jgrpo.run.rundir import write_config
 
 ROWS = [
     {"step": 0, "eval/accuracy": 0.25},
@@ -55,11 +58,41 @@ def test_each_panel_shows_its_own_tag():
     assert curves(figure, 2) == []  # never logged
 
 
-def test_the_gap_is_on_a_log_axis_unless_it_is_exactly_zero():
+def test_the_gap_is_on_a_log_axis_and_has_no_holes():
+    """Exact agreement, and a step that trains on nothing, have no place on it: lines go on."""
     tag = "sampler/logprob_diff_mean"
     assert draw({"a": [{"step": 1, tag: 0.0}]}).axes[3].get_yscale() == "linear"
-    rows = [{"step": 1, tag: 0.0}, {"step": 2, tag: 1e-6}]
-    assert draw({"a": rows}).axes[3].get_yscale() == "log"
+    values = [3e-7, 0.0, None, 1e-6]
+    figure = draw({"a": [{"step": i, tag: value} for i, value in enumerate(values)]})
+    assert figure.axes[3].get_yscale() == "log"
+    assert curves(figure, 3) == [(COLOURS[0], [0, 3], [3e-7, 1e-6])]
+
+
+def test_the_gap_is_small_and_the_accuracy_large():
+    figure = draw({"a": ROWS})
+    figure.draw_without_rendering()
+    area = {axes.get_title(loc="left"): axes.bbox.width * axes.bbox.height for axes in figure.axes}
+    assert area["Sampler gap"] < area["Completion length"] < area["Accuracy"] / 2
+
+
+def test_a_reward_that_is_the_accuracy_has_no_panel_of_its_own():
+    rows = [{"step": i, "train/accuracy": x, "train/reward_mean": x} for i, x in enumerate((0, 1))]
+    titles = lambda **runs: [axes.get_title(loc="left") for axes in draw(runs).axes]  # noqa: E731
+    assert titles(a=rows) == ["Accuracy", "Completion length", "Sampler gap"]
+    assert "Reward" in titles(a=rows, b=ROWS)
+
+
+def test_twenty_runs_are_told_apart_and_their_names_are_whole():
+    names = [f"clip/seed_{i}  lr=0.00{i} use_clip=True" for i in range(20)]
+    figure = draw(dict.fromkeys(names, ROWS))
+    figure.draw_without_rendering()
+    lines = figure.axes[1].lines
+    assert len({(line.get_color(), str(line._dash_pattern)) for line in lines}) == 20
+    legend = figure.legends[0]
+    assert [text.get_text() for text in legend.get_texts()] == names
+    box = legend.get_window_extent()
+    assert 0 <= box.x0 < box.x1 <= figure.bbox.width
+    assert box.y0 >= max(axes.bbox.y1 for axes in figure.axes)
 
 
 def test_a_run_has_one_colour_in_every_panel_and_runs_differ():
@@ -74,10 +107,27 @@ def test_one_point_is_visible_although_a_line_needs_two():
     assert line.get_marker() == "o"
 
 
-def test_names_tell_runs_apart(tmp_path):
-    assert run_names([tmp_path / "a" / "1", tmp_path / "a" / "2"]) == ["1", "2"]
-    same = [tmp_path / "a" / "1", tmp_path / "b" / "1"]
-    assert run_names(same) == [str(folder) for folder in same]
+def test_labels_say_what_differs_in_natural_order(tmp_path):
+    runs = [write_run(tmp_path / "runs" / name, ROWS) for name in ("10", "2", "1")]
+    for folder, lr in zip(runs, (0.1, 0.002, 0.1), strict=True):
+        write_config(folder, Config(lr=lr, run_dir=str(folder)), {})
+    assert list(labelled(run_folders(tmp_path / "runs"))) == [
+        "1  lr=0.1", "2  lr=0.002", "10  lr=0.1",
+    ]  # fmt: skip
+    assert list(labelled(runs[:1])) == ["10"]
+
+
+def test_a_folder_of_runs_is_drawn_whole_and_a_run_without_steps_is_told_of(
+    tmp_path, monkeypatch, capsys
+):
+    for name in ("2", "10"):
+        write_run(tmp_path / "runs" / name, ROWS)
+    monkeypatch.chdir(tmp_path)
+    assert save([Path("runs")]) == Path("curves.png")
+    assert capsys.readouterr().err == ""
+    write_run(tmp_path / "runs" / "11", [])
+    assert len(labelled(run_folders(Path("runs")))) == 2
+    assert capsys.readouterr().err == "left out, no step is done yet: runs/11\n"
 
 
 def test_the_picture_goes_to_the_run_or_here(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import pytest
 from jgrpo.config import Config
 from jgrpo.errors import InputError, short
 from jgrpo.run.differences import (
+    briefly,
     differences,
     natural,
     run_folders,
@@ -73,6 +74,14 @@ def test_values_are_shown_as_one_types_them(monkeypatch, tmp_path):
     assert shown(1e-5) == "1e-05"
 
 
+def test_of_many_options_a_label_has_what_is_not_common():
+    plain = {"lr": 0.1, "use_clip": False, "loss_type": "grpo"}
+    options = {"a": plain, "b": plain | {"use_clip": True}, "c": plain | {"loss_type": "gspo"}}
+    assert briefly(options) == {"a": {}, "b": {"use_clip": True}, "c": {"loss_type": "gspo"}}
+    two = {"a": plain, "b": {"lr": 0.2, "use_clip": True, "loss_type": "rloo"}}
+    assert briefly(two) == two  # none is more common
+
+
 def test_numbers_in_names_sort_by_value():
     names = ["runs/10", "runs/9", "runs/b", "runs/1", "runs/a2", "runs/a10", "runs/2"]
     assert sorted(names, key=natural) == [
@@ -92,7 +101,9 @@ def test_all_runs_below_a_folder_are_found_in_order(tmp_path):
 
 
 def test_a_folder_without_a_run_is_said_to_be_none(tmp_path):
-    with pytest.raises(InputError, match=r"not a run folder, and none in it"):
+    with pytest.raises(
+        InputError, match=r"not a run folder: it has no metrics.jsonl, nor has a folder in it"
+    ):
         run_folders(tmp_path)
     with pytest.raises(InputError, match=r"missing: not a run folder"):
         run_folders(tmp_path / "missing")

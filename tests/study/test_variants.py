@@ -6,7 +6,7 @@ import pytest
 
 from jgrpo.config import Config, load_config
 from jgrpo.errors import InputError
-from jgrpo.study.variants import read_variants
+from jgrpo.study.variants import Variant, parts_of, read_variants, with_references
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -68,3 +68,19 @@ def test_parts_that_contradict_each_other_are_named():
 def test_a_folder_without_the_baseline_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"has no rank1.py"):
         read_variants(("clip",), tmp_path)
+
+
+def test_what_is_compared_with_comes_by_itself_and_first():
+    assert with_references(("rank4", "lr=2e-3")) == ("rank1", "rank4", "lr=2e-3")
+    assert with_references(("rank4", "rank1")) == ("rank4", "rank1")
+    assert with_references(("a+b+c", "a")) == ("rank1", "a+b", "a+b+c", "a")
+    for names in (("a+b+c",), ("a+b", "c+d"), ("rank1+a",)):
+        variants = {name: Variant(name, {}, "") for name in with_references(names)}
+        assert all(v.reference in variants for v in variants.values())
+        assert [n for n, v in variants.items() if v.reference == n] == ["rank1"]
+
+
+def test_the_plus_of_a_number_joins_nothing():
+    assert parts_of("lr=1e+0") == ["lr=1e+0"]
+    assert parts_of("clip+lr=1e+0+kl") == ["clip", "lr=1e+0", "kl"]
+    assert Variant("lr=2e+3", {}, "").reference == "rank1"
