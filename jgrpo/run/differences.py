@@ -24,9 +24,7 @@ def run_folders(folder: Path) -> list[Path]:
     except OSError as error:
         raise InputError(f"{folder}: not a run folder: {error}") from error
     if not found:
-        raise InputError(
-            f"{folder}: not a run folder: it has no metrics.jsonl, nor has a folder in it"
-        )
+        raise InputError(f"{folder}: not a run folder: it has no metrics.jsonl, nor a run in it")
     return found
 
 
