@@ -12,7 +12,14 @@ POSITIVE = (
     *("lora_r", "lora_alpha", "lr", "n_grpo_steps", "n_prompts_per_step", "group_size"),
     *("epochs_per_step", "micro_batch_size", "expected_maximum_length", "grader_timeout_s"),
     *("grader_workers", "max_prompt_tokens", "vllm_timeout_s", "max_logprob_diff", "max_tokens"),
-    *("temperature", "n_eval_prompts", "checkpoint_every", "save_total_limit", "updates_per_epoch"),
+    *(
+        "temperature",
+        "n_eval_prompts",
+        "eval_n_samples",
+        "checkpoint_every",
+        "save_total_limit",
+        "updates_per_epoch",
+    ),
     *("cispo_max_ratio", "importance_weight_cap", "max_sampling_rounds", "prm_batch_size"),
 )
 VLLM_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -54,6 +61,15 @@ def _wrong_values(c: Any) -> Iterator[str]:
     for name in ("model_id", "prm_model_id", "dataset_path", "prompt_template", "base_dir"):
         if not getattr(c, name).strip():
             yield f"{name}={getattr(c, name)!r}: must not be empty (default: {_default(c, name)})"
+    if not 0 <= c.eval_temperature < float("inf"):
+        yield f"eval_temperature={c.eval_temperature}: must be 0 (greedy) or positive"
+    if not 0 < c.eval_top_p <= 1:
+        yield f"eval_top_p={c.eval_top_p}: must be above 0 and at most 1"
+    if c.eval_n_samples > 1 and c.eval_temperature == 0:
+        yield (
+            f"eval_n_samples={c.eval_n_samples} with eval_temperature=0: greedy completions are "
+            "all the same; give an eval_temperature (0.6, say)"
+        )
     if c.grader_workers > MAX_GRADER_WORKERS:
         yield f"grader_workers={c.grader_workers}: must be at most {MAX_GRADER_WORKERS} (processes)"
     if c.group_size == 1:
@@ -140,6 +156,10 @@ def without_effect(c: Any) -> list[str]:
                 "(epochs_per_step=1, updates_per_epoch=1): the update starts from the policy that "
                 "sampled, so every ratio is 1, nothing is clipped, and the KL has no gradient"
             )
+    if c.eval_top_p < 1 and c.eval_temperature == 0:
+        warnings.append(
+            f"eval_top_p={c.eval_top_p} changes nothing with eval_temperature=0 (greedy)"
+        )
     if c.use_kl_penalty and c.beta == 0:
         warnings.append("use_kl_penalty changes nothing with beta=0")
     if c.use_kl_penalty and c.kl_estimator == "k1":

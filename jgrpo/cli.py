@@ -53,7 +53,9 @@ class Train(Command):
 
 @dataclass(frozen=True)
 class Evaluate(Command):
-    """Greedy accuracy on the evaluation problems, of the base model or of an adapter."""
+    """Accuracy on the evaluation problems, or on named sets, of the base model or of adapters:
+    greedy, or avg@n, pass@k and maj@k of --n_samples completions a problem (--eval_n_samples), each
+    with its 95 % interval over problems. Prints a table, and one JSON line on stdout."""
 
     run: Path | None = None
     """Run folder: its own config, and the adapter of its last step."""
@@ -62,8 +64,19 @@ class Evaluate(Command):
     adapter: Path | None = None
     """PEFT folder of an adapter, or a run folder for its last one; an adapter within a run brings
     the run's config where no --config is given. Without any of these: the base model."""
+    all_steps: bool = False
+    """Every adapter that --run has kept, first to last; draws eval_curve.png beside --out."""
+    against: Path | None = None
+    """`base`, or another adapter (a PEFT folder, a run): asked the same problems, for the paired
+    difference, McNemar's exact p and the problems that changed."""
+    eval_set: tuple[str, ...] = ()
+    """Named sets, in place of the config's evaluation problems and whole: gsm8k, math500, aime24,
+    aime25, amc23, minerva, olympiadbench."""
+    eval_set_folder: Path | None = None
+    """Folder of local copies of the named sets (gsm8k.jsonl, ...), for where there is no hub."""
     out: Path | None = None
-    """File for the completions, a JSON line each."""
+    """File for the completions, a JSON line each. Default: eval.jsonl in the run's folder, where
+    it replaces the last evaluation's; without a run, none is written."""
 
 
 @dataclass(frozen=True)
@@ -125,22 +138,30 @@ def parse(kind: type[C], argv: Sequence[str] | None = None, *, name: str = "") -
     if isinstance(command, Train) and command.resume is not None:
         _check_resume(config, command.options)
     if isinstance(command, Evaluate):
-        command = dataclasses.replace(command, adapter=_adapter_of(command))
+        against = command.against if str(command.against) == "base" else _last_of(command.against)
+        command = dataclasses.replace(command, adapter=_adapter_of(command), against=against)
     return command
 
 
 def _adapter_of(command: Evaluate) -> Path | None:
     """The PEFT folder that --run and --step, or --adapter, name. InputError where they conflict."""
     run, step, adapter = command.run, command.step, command.adapter
-    if run is None and step is not None:
-        raise InputError(f"--step {step}: of which run? Give --run RUN with it")
+    if run is None and (step is not None or command.all_steps):
+        given = "--all_steps" if step is None else f"--step {step}"
+        raise InputError(f"{given}: of which run? Give --run RUN with it")
+    if step is not None and command.all_steps:
+        raise InputError(f"--step {step} and --all_steps: take one of the two")
     if run is not None and (adapter or command.config):
         other = "--adapter" if adapter else "--config"
         raise InputError(f"--run {run} brings its own config and adapters; leave {other} away")
     if run is not None:
         return last_adapter(run) if step is None else existing_adapter(run, step)
-    is_run = adapter is not None and run_of_adapter(adapter) == adapter
-    return last_adapter(adapter) if adapter and is_run else adapter
+    return _last_of(adapter)
+
+
+def _last_of(adapter: Path | None) -> Path | None:
+    """The last adapter, if this is a run folder; any other folder as it is."""
+    return last_adapter(adapter) if adapter and run_of_adapter(adapter) == adapter else adapter
 
 
 def tune_allocator() -> None:

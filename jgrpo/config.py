@@ -166,7 +166,7 @@ class Config:
     max_tokens: int = 1024
     """Tokens of a completion at most."""
     temperature: float = 1.0
-    """Sampling temperature of the rollouts; evaluation is greedy."""
+    """Sampling temperature of the rollouts."""
 
     # -- run
     base_dir: str = "runs"
@@ -177,6 +177,14 @@ class Config:
     """Steps between evaluations (also before the first and after the last); 0: never."""
     n_eval_prompts: int = 1000
     """Evaluation problems used."""
+    eval_n_samples: int = 1
+    """Completions of each evaluation problem; more than one need an eval_temperature, and give
+    avg@n, pass@k and maj@k (estimators.py). Below 50 problems, 16 to 32 are the custom."""
+    eval_temperature: float = 0.0
+    """Sampling temperature of evaluations; 0: greedy."""
+    eval_top_p: float = 1.0
+    """Evaluations sample from the likeliest tokens alone that have this share of the probability
+    (Qwen3's card: 0.6 and 0.95 where it thinks). Rollouts are always the policy's own."""
     checkpoint_every: int = 5
     """Steps between checkpoints (also before the first, at the end and on Ctrl-C)."""
     save_total_limit: int = 2

@@ -1,9 +1,10 @@
-"""Evaluate: python -m jgrpo.evaluate --config FILE [--adapter DIR] [--out FILE].
+"""Evaluate: python -m jgrpo.evaluate --run RUN [--step K], or --config FILE [--adapter DIR].
 
-Greedy accuracy on the config's evaluation problems; the last line printed is one JSON object.
+Policies x sets of problems -> accuracies with intervals: a table on stderr, every completion in
+eval.jsonl, and one JSON line on stdout.
 """
 
-from jgrpo.errors import InputError, exit_status, stop_at_once
+from jgrpo.errors import InputError, exit_status, printable, stop_at_once
 
 if __name__ == "__main__":
     stop_at_once()
@@ -15,73 +16,128 @@ if __name__ == "__main__":  # before JAX is imported: help and mistakes are answ
         COMMAND = cli.parse(cli.Evaluate)
 
 import json
+import sys
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+from rich.console import Console
 from rich.progress import Progress
 
-from jgrpo.config import Config
-from jgrpo.policy.adapter import load, read_config
-from jgrpo.run.rundir import is_writable, json_line, write_whole
-from jgrpo.run.session import (
-    configure_jax,
-    evaluate,
-    open_grader,
-    open_policy,
-    open_problems,
-    open_sampler,
-)
+from jgrpo.prompts.problems import make_evaluation, overlap
+from jgrpo.prompts.sets import read_set
+from jgrpo.run.evaluation import evaluate
+from jgrpo.run.policies import check_adapters, each_policy
+from jgrpo.run.results import Result, as_json, compare, draw_steps, table
+from jgrpo.run.rundir import is_writable, json_line, kept_adapters, run_of_adapter, write_whole
+from jgrpo.run.session import Problems, configure_jax, open_grader, open_problems
 
 
-def run(config: Config, adapter: Path | None, out: Path | None) -> dict[str, float]:
-    """Evaluate the base, or the adapter in a PEFT folder, and print what came out."""
+def run(command: cli.Evaluate) -> dict[str, Any]:
+    """Evaluate every policy on every set, write and show what came out, and return its JSON."""
     configure_jax()
-    if out is not None and not out.parent.is_dir():
-        raise InputError(f"--out {out}: there is no folder {out.parent}")
-    if out is not None and (out.is_dir() or not is_writable(out.parent)):
-        raise InputError(f"--out {out}: is a folder, or in one that cannot be written to")
-    if adapter is not None:
-        shape = read_config(adapter)
-        config = replace(
-            config,
-            lora_r=shape.rank,
-            lora_alpha=shape.alpha,
-            lora_target_modules=shape.target_modules,
-        )
+    config, console = command.options, Console(stderr=True, highlight=False)
+    policies, out = policies_of(command), output_file(command)
+    results = []
     with ExitStack() as stack:
         problems = open_problems(config)
+        sets = open_sets(command, problems)
+        for line in notes(sets, problems):
+            console.print(printable(line), markup=False, soft_wrap=True)
+        check_adapters(config, policies)
         grader = open_grader(config, stack)
-        policy = open_policy(config, abstract=config.rollout == "vllm")
-        if adapter is not None:
-            load(adapter, policy.adapter)  # the server would take one that does not fit, silently
-        sampler = open_sampler(config, policy, problems.stop_token_ids, "evaluate", alone=False)
-        stack.callback(sampler.close)
-        if adapter is not None:
-            sampler.load(adapter)
         grader.self_test()
-        n = len(problems.evaluation)
-        with Progress(transient=True) as bars:
-            task = bars.add_task(f"{n} problems", total=n)
-            advance = lambda done, tokens: bars.advance(task, done)  # noqa: E731
-            metrics, completions, grades = evaluate(sampler, grader, problems, advance)
+        n_completions = len(policies) * config.eval_n_samples * sum(map(n_asked, sets.values()))
+        bars = stack.enter_context(Progress(console=console, transient=True))
+        task = bars.add_task(f"{n_completions} completions", total=n_completions)
+        advance = lambda done, tokens: bars.advance(task, done)  # noqa: E731
+        for adapter, sampler in each_policy(config, policies, problems.stop_token_ids):
+            for name, asked in sets.items():
+                result = evaluate(config, sampler, grader, asked, advance)
+                results.append(Result(adapter, name, result))
+    comparisons = compare(results, reference_of(command)) if command.against else []
     if out is not None:
-        rows = zip(problems.evaluation, completions, grades.correct[:, 0], strict=True)
-        lines = (
-            {
-                "problem": problem.problem,
-                "completion": problems.text(completion),
-                "gold": problem.gold,
-                "correct": bool(correct),
-                "finish_reason": completion.finish_reason,
-            }
-            for problem, completion, correct in rows
+        write_whole(out, "".join(json_line(line) for r in results for line in r.lines()))
+        if command.all_steps:
+            draw_steps(results).savefig(out.with_name("eval_curve.png"))
+    console.print(table(results))
+    for comparison in comparisons:
+        console.print(printable(comparison.text()), markup=False, soft_wrap=True)
+    figures = as_json(results, comparisons)
+    print(json.dumps(figures))
+    return figures
+
+
+def reference_of(command: cli.Evaluate) -> Path | None:
+    """What --against names: an adapter, or None for the base."""
+    return None if str(command.against) == "base" else command.against
+
+
+def policies_of(command: cli.Evaluate) -> list[Path | None]:
+    """The adapters to evaluate (None: the base), without repeats. InputError if --against is the
+    only one of them."""
+    policies: list[Path | None] = [command.adapter]
+    if command.all_steps and command.run is not None:
+        policies = list(kept_adapters(command.run).values())
+    if command.against is not None:
+        policies = [reference_of(command), *policies]
+        if len(set(policies)) == 1:
+            raise InputError(f"--against {command.against}: is what is evaluated; give another")
+    return list(dict.fromkeys(policies))
+
+
+def output_file(command: cli.Evaluate) -> Path | None:
+    """Where the completions go. InputError if it cannot be written."""
+    home = run_of_adapter(command.adapter)
+    out = command.out or (home / "eval.jsonl" if home else None)
+    if out is None:
+        return None
+    if not out.parent.is_dir():
+        raise InputError(f"--out {out}: there is no folder {out.parent}")
+    if out.is_dir() or not is_writable(out.parent):
+        raise InputError(f"--out {out}: is a folder, or in one that cannot be written to")
+    return out
+
+
+def open_sets(command: cli.Evaluate, problems: Problems) -> dict[str, Problems]:
+    """The named sets, each as the evaluation problems of a copy of `problems`; without any, the
+    config's own under the name ""."""
+    if not command.eval_set:
+        return {"": problems}
+    sets, config = {}, command.options
+    for name in dict.fromkeys(command.eval_set):
+        rows, line = read_set(name, command.eval_set_folder)
+        evaluation, report = make_evaluation(
+            problems.tokenizer,
+            rows,
+            prompt_template=config.prompt_template,
+            enable_thinking=config.enable_thinking,
+            max_prompt_tokens=config.max_prompt_tokens,
         )
-        write_whole(out, "".join(map(json_line, lines)))
-    print(json.dumps({"adapter": str(adapter) if adapter else None, **metrics}))
-    return metrics
+        sets[name] = replace(problems, evaluation=evaluation, report=[line, *report])
+    return sets
+
+
+def n_asked(problems: Problems) -> int:
+    return len(problems.evaluation)
+
+
+def notes(sets: dict[str, Problems], problems: Problems) -> list[str]:
+    """What a reader must know of the sets: whence, what was left out, what was trained on."""
+    lines = []
+    for name, asked in sets.items():
+        common = overlap(asked.evaluation, problems.train)
+        lines += asked.report if name else []
+        if common:
+            lines.append(
+                f"{name or 'evaluation'}: {common} of {n_asked(asked)} problems are training "
+                "problems too: what is learned by heart counts as solved"
+            )
+    return lines
 
 
 if __name__ == "__main__":
     with exit_status():
-        run(COMMAND.options, COMMAND.adapter, COMMAND.out)
+        run(COMMAND)
+        sys.stdout.flush()

@@ -18,8 +18,8 @@ import tyro
 from jgrpo.config import Config
 from jgrpo.errors import InputError
 
-STUDY_FLAGS = {"no_std_norm": "no_use_std_norm"}
-"""Flags of the PyTorch study that are named otherwise here."""
+STUDY_FLAGS = {"no_std_norm": "no_use_std_norm", "n_samples": "eval_n_samples"}
+"""Flags of the PyTorch study that are named otherwise here, and a short name."""
 ELSEWHERE = {
     "learning_rate": "lr", "num_generations": "group_size", "r": "lora_r", "rank": "lora_r",
     "alpha": "lora_alpha", "target_modules": "lora_target_modules", "epsilon": "clip_eps",

@@ -30,6 +30,7 @@ from jgrpo.policy import adapter as adapters
 from jgrpo.rollout import Sampler
 from jgrpo.run import memory
 from jgrpo.run.collect import Collector
+from jgrpo.run.evaluation import evaluate
 from jgrpo.run.probe import check_sampler, gap_problem
 from jgrpo.run.record import Record, skipped_at_the_end
 from jgrpo.run.rundir import adapter_folder, read_metrics, run_id, write_rollouts
@@ -37,7 +38,6 @@ from jgrpo.run.runlog import RunLog
 from jgrpo.run.session import (
     Session,
     configure_jax,
-    evaluate,
     open_policy,
     open_problems,
     open_sampler,
@@ -159,9 +159,11 @@ class Loop:
         session, every = self.session, self.session.config.eval_every
         if not every or (step % every and step != session.config.n_grpo_steps):
             return
-        with self.log.phase("evaluation", len(session.problems.evaluation)) as progress:
-            metrics, _, _ = evaluate(self.sampler, session.grader, session.problems, progress)
-        self.log.log(step, metrics | self.log.take_seconds())
+        c, problems = session.config, session.problems
+        n_completions = len(problems.evaluation) * c.eval_n_samples
+        with self.log.phase("evaluation", n_completions) as progress:
+            result = evaluate(c, self.sampler, session.grader, problems, progress)
+        self.log.log(step, result.metrics | self.log.take_seconds())
 
 
 def train(config: Config, resume: Path | None = None) -> Path:

@@ -23,7 +23,7 @@ TREES = {
 # Floors of the house (docs/architecture.md): a room is a folder, or a file beside the folders. It
 # imports from floors below its own, and within itself; the files of a floor, from each other.
 FLOORS = [
-    {"config", "checks", "errors", "losses", "advantages"},
+    {"config", "checks", "errors", "losses", "advantages", "estimators"},
     {"answers"},
     {"policy", "prompts"},
     {"update", "rollout", "rewards"},
@@ -39,6 +39,7 @@ FLOORS = [
         "runs",
         "view",
         "show",
+        "export",
         "__init__",
         "__main__",
     },
@@ -46,7 +47,7 @@ FLOORS = [
 ]
 FLOOR_OF = {room: i for i, rooms in enumerate(FLOORS, 1) for room in rooms}
 FOLDERS = {file.parent.name for file in FILES} - {"jgrpo"}
-PURE = ("advantages", "losses", "answers.latex", "answers.algebra", "answers.equal",
+PURE = ("advantages", "losses", "estimators", "answers.latex", "answers.algebra", "answers.equal",
         "policy.remat", "policy.tape", "policy.lora", "policy.batch",
         "rollout.protocol")  # fmt: skip
 LIGHT = ("errors", "config", "cli", "checks", "advantages", "serve", "answers.equal",

@@ -34,6 +34,7 @@ from tiny_run import (
 from vllm_server import vllm_server
 
 import jgrpo
+from jgrpo import cli, evaluate
 from jgrpo import train as train_module
 from jgrpo.config import Config
 from jgrpo.errors import RunError
@@ -154,6 +155,29 @@ def test_transformers_and_peft_agree_with_the_server(run, config):
 
 
 def test_a_run_takes_its_adapters_away(run, url):
+    assert adapters_on(url) == []
+
+
+def test_a_run_is_evaluated_through_the_server_with_16_completions_a_problem(run, url, tmp_path):
+    """Base and last adapter on the same problems, each in its own samples."""
+    out = tmp_path / "eval.jsonl"
+    argv = ["--run", str(run), "--against", "base", "--out", str(out), "--n_samples", "16"]
+    argv += ["--eval_temperature", "0.6", "--eval_top_p", "0.95", "--vllm_url", url]
+    figures = evaluate.run(cli.parse(cli.Evaluate, argv))
+    rows = read_lines(out)
+    assert len(rows) == 2 * 8 * 16
+    for result in figures["results"]:
+        own = [row for row in rows if row["adapter"] == result["adapter"]]
+        right = np.array([row["correct"] for row in own]).reshape(8, 16)
+        assert result["eval/accuracy"] == pytest.approx(right.mean())
+        assert result["eval/pass@16"] == pytest.approx(right.any(axis=1).mean())
+        low, high = result["intervals"]["eval/accuracy"]
+        assert low <= right.mean() <= high
+        assert {f"eval/{kind}@{k}" for kind in ("pass", "maj") for k in (2, 4, 8, 16)} < set(result)
+    texts = [[row["completion"] for row in rows if row["adapter"] == r["adapter"]]
+             for r in figures["results"]]  # fmt: skip
+    assert texts[0] != texts[1]  # the adapter was sampled from, not the base again
+    assert len({row["completion"] for row in rows}) > 8
     assert adapters_on(url) == []
 
 

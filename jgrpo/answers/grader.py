@@ -217,6 +217,29 @@ class Grader:
             timeouts=flat.count("timeout"),
         )
 
+    def same_answers(self, completions: Sequence[Sequence[str]]) -> list[list[list[int]]]:
+        """For each problem its different answers, each as the places of the completions that give
+        it: equal ones by the rules of grading, the first taken for the gold one. Completions
+        without a box are in none. RunError if no worker can be started.
+        """
+        boxes = [[answers.last_boxed(text) for text in group] for group in completions]
+        left = [[i for i, box in enumerate(group) if box is not None] for group in boxes]
+        found: list[list[list[int]]] = [[] for _ in boxes]
+        while any(left):  # one different answer of every problem a round
+            pairs = [
+                [Pair(group[i] or "", group[places[0]] or "") for i in places]
+                for group, places in zip(boxes, left, strict=True)
+            ]
+            outcomes = self._outcomes([pair for group in pairs for pair in group])
+            for p, places in enumerate(left):
+                if places:
+                    same = {places[0]}  # also where it is empty, and so equal to nothing
+                    same |= {i for i, q in zip(places, pairs[p], strict=True)
+                             if outcomes[q] == "right"}  # fmt: skip
+                    found[p].append(sorted(same))
+                    left[p] = [i for i in places if i not in same]
+        return found
+
     def self_test(self) -> None:
         """Grade answers whose verdicts are known; raises RunError if one comes out otherwise.
 

@@ -180,6 +180,37 @@ def load_problems(
     return train, eval_, report
 
 
+def make_evaluation(
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    *,
+    prompt_template: str,
+    enable_thinking: bool,
+    max_prompt_tokens: int,
+) -> tuple[list[Problem], list[str]]:
+    """Evaluation problems of all `rows`, and lines on rows left out. InputError if none is left."""
+    left_out: LeftOut = {}
+    problems = _make_problems(
+        tokenizer,
+        left_out,
+        _read_rows(rows, "evaluation", left_out),
+        "evaluation",
+        template=load_template(prompt_template),
+        enable_thinking=enable_thinking,
+        max_prompt_tokens=max_prompt_tokens,
+    )
+    report = _describe_left_out(left_out)
+    if not problems:
+        raise InputError("no evaluation problem is left:\n  " + "\n  ".join(report))
+    return problems, report
+
+
+def overlap(problems: Sequence[Problem], training: Sequence[Problem]) -> int:
+    """How many of the problems are training problems too (blanks aside)."""
+    keys = {_key(p.problem) for p in training}
+    return sum(_key(p.problem) in keys for p in problems)
+
+
 def _key(problem: str) -> str:
     return " ".join(problem.split())
 

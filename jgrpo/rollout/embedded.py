@@ -92,6 +92,7 @@ class JaxSampler:
         seeds: Sequence[int],
         group_size: int = 1,
         temperature: float = 1.0,
+        top_p: float = 1.0,
         max_tokens: int | None = None,
         progress: Progress | None = None,
     ) -> list[list[Completion]]:
@@ -103,27 +104,30 @@ class JaxSampler:
         for start in range(0, len(prompts), size):
             chunk = slice(start, start + size)
             completions += self._sample_chunk(
-                prompts[chunk], seeds[chunk], size, group_size, temperature,
+                prompts[chunk], seeds[chunk], size, group_size, temperature, top_p,
                 max_tokens or self.max_tokens, progress,
             )  # fmt: skip
         return completions
 
-    def _sample_chunk(self, prompts, seeds, size, group_size, temperature, max_tokens, progress):
+    def _sample_chunk(
+        self, prompts, seeds, size, group_size, temperature, top_p, max_tokens, progress
+    ):
         n, width = len(prompts), bucket(max(map(len, prompts)))
         ids, lengths = np.zeros((size, width), np.int32), np.ones(size, np.int32)
         for row, prompt in enumerate(prompts):
             ids[row, : len(prompt)], lengths[row] = prompt, len(prompt)
         keys = _row_keys(np.resize(np.asarray(seeds, np.uint32), size), group_size)
         greedy, temperature = temperature == 0, temperature or 1.0
+        top_p = top_p if top_p < 1 else None  # without it, nothing is sorted
         logits, prefix = self._prefill(self.adapter, self.base, ids, lengths)
         state = self._first(
-            logits, prefix, keys, np.arange(size) < n, temperature,
+            logits, prefix, keys, np.arange(size) < n, temperature, top_p,
             group_size=group_size, greedy=greedy,
         )  # fmt: skip
         capacity, told = min(FIRST_STAGE, max_tokens), (0, 0)
         while True:
             state = self._decode(
-                self.adapter, self.base, prefix, keys, temperature,
+                self.adapter, self.base, prefix, keys, temperature, top_p,
                 state=state, capacity=capacity, greedy=greedy,
             )  # fmt: skip
             if progress:
@@ -162,9 +166,11 @@ def _row_keys(seeds: jax.Array, group_size: int) -> jax.Array:
     return jax.vmap(lambda seed: fold(jax.random.key(seed), jnp.arange(group_size)))(seeds)
 
 
-def _pick(logits, keys, t, temperature, greedy):
-    """float32 logits [P, G, V] -> token and logprob [P, G], at the temperature."""
+def _pick(logits, keys, t, temperature, top_p, greedy):
+    """float32 logits [P, G, V] -> token and logprob [P, G], at the temperature and top_p."""
     logits = logits / temperature
+    if top_p is not None:
+        logits = _nucleus(logits, top_p)
     if greedy:
         token = jnp.argmax(logits, axis=-1)
     else:
@@ -172,6 +178,16 @@ def _pick(logits, keys, t, temperature, greedy):
         token = jax.vmap(jax.vmap(draw))(keys, logits)
     chosen = jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0]
     return token, chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
+def _nucleus(logits, top_p):
+    """The logits of the fewest likeliest tokens that have `top_p` of the probability; the others
+    are masked (Holtzman et al. 2020). Tokens as likely as the last of them stay too."""
+    ranked = jnp.sort(logits, axis=-1, descending=True)
+    probabilities = jax.nn.softmax(ranked, axis=-1)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    least = jnp.min(jnp.where(before < top_p, ranked, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(logits >= least, logits, MASKED)
 
 
 def _prefill(graph, adapter, base, ids, lengths) -> tuple[jax.Array, Prefix]:
@@ -186,12 +202,12 @@ def _prefill(graph, adapter, base, ids, lengths) -> tuple[jax.Array, Prefix]:
     return model.logits(last), Prefix(keys, values, lengths)
 
 
-def _first_tokens(stops, logits, prefix, keys, real, temperature, *, group_size, greedy):
+def _first_tokens(stops, logits, prefix, keys, real, temperature, top_p, *, group_size, greedy):
     """The state after the first token of every row; rows that only fill up are done already."""
     layers, p, _, kv_heads, c = prefix.keys.shape
     traced("first tokens", f"rows {p} x {group_size}")
     logits = jnp.broadcast_to(logits[:, None], (p, group_size, logits.shape[-1]))
-    token, logprob = _pick(logits, keys, 0, temperature, greedy)
+    token, logprob = _pick(logits, keys, 0, temperature, top_p, greedy)
     empty = jnp.zeros((layers, p, group_size, 1, kv_heads, c), prefix.keys.dtype)
     return Decoding(
         t=jnp.ones((), jnp.int32),
@@ -204,7 +220,9 @@ def _first_tokens(stops, logits, prefix, keys, real, temperature, *, group_size,
     )
 
 
-def _decode(graph, stops, adapter, base, prefix, keys, temperature, *, state, capacity, greedy):
+def _decode(
+    graph, stops, adapter, base, prefix, keys, temperature, top_p, *, state, capacity, greedy
+):
     """Decode until `capacity` tokens or until every row is done."""
     traced("decode", "rows {} x {}, up to {capacity}".format(*keys.shape, capacity=capacity))
     model = nnx.merge(graph, adapter, base)
@@ -226,7 +244,7 @@ def _decode(graph, stops, adapter, base, prefix, keys, temperature, *, state, ca
         attend = Partial(_attend_cached, prefix.lengths, s.t - 1)
         cache = (prefix.keys, prefix.values, s.keys, s.values)
         hidden, (k, v) = model.model(previous, positions, attend, cache)
-        token, logprob = _pick(model.logits(hidden), keys, s.t, temperature, greedy)
+        token, logprob = _pick(model.logits(hidden), keys, s.t, temperature, top_p, greedy)
         put = jax.lax.dynamic_update_index_in_dim
         return Decoding(
             t=s.t + 1,

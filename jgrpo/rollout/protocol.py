@@ -41,13 +41,16 @@ class Sampler(Protocol):
         seeds: Sequence[int],
         group_size: int = 1,
         temperature: float = 1.0,
+        top_p: float = 1.0,
         max_tokens: int | None = None,
         progress: Progress | None = None,
     ) -> list[list[Completion]]:
         """Sample `group_size` completions of each prompt (token ids) -> [P][G].
 
         `seeds` has one integer in [0, 2**31) a prompt, see `prompt_seeds`; equal seeds and adapters
-        give equal completions. Temperature 0 is greedy. `max_tokens`: fewer than the sampler's own.
+        give equal completions. Temperature 0 is greedy. `top_p` below 1: from the
+        likeliest tokens alone that have that much of the probability; the loop never trains on
+        such samples, which are not the policy's. `max_tokens`: fewer than the sampler's own.
         """
 
     def close(self) -> None:

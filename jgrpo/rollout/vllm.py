@@ -139,6 +139,7 @@ class VllmSampler:
         seeds: Sequence[int],
         group_size: int = 1,
         temperature: float = 1.0,
+        top_p: float = 1.0,
         max_tokens: int | None = None,
         progress: Progress | None = None,
     ) -> list[list[Completion]]:
@@ -163,6 +164,7 @@ class VllmSampler:
                 "temperature": temperature,
                 "stop_token_ids": self._stop_token_ids,
                 **THE_POLICY_ITSELF,
+                "top_p": top_p,
             }
             async with slots[url]:
                 completions = await self._complete(client, url, body, locks[url])

@@ -1,6 +1,5 @@
-"""What a config names, opened in the order in which bad input shows first; and what `train` and
-`evaluate` both do with it: score the policy on the evaluation problems, and prove that the sampler
-really samples from the adapter that it was given."""
+"""What a config names, opened in the order in which bad input shows first; for `train` and
+`evaluate` alike."""
 
 import gc
 import hashlib
@@ -14,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
 from transformers import PreTrainedTokenizerBase
 
-from jgrpo.answers.grader import Grader, Grades
+from jgrpo.answers.grader import Grader
 from jgrpo.config import Config
 from jgrpo.errors import InputError, short
 from jgrpo.policy.lora import split
@@ -33,7 +31,7 @@ from jgrpo.policy.weights import (
 from jgrpo.prompts.problems import Problem, load_problems
 from jgrpo.prompts.tokenizer import load_tokenizer, stop_token_ids
 from jgrpo.rollout.embedded import JaxSampler
-from jgrpo.rollout.protocol import Completion, Progress, Sampler
+from jgrpo.rollout.protocol import Completion, Sampler
 from jgrpo.rollout.vllm import VllmSampler
 from jgrpo.run.scoring import Scorers, open_scorers
 
@@ -195,27 +193,3 @@ def open_grader(config: Config, stack: ExitStack) -> Grader:
     """A grader whose workers start in the background; call its self_test before the first step."""
     grader = Grader(max_workers=config.grader_workers, timeout_s=config.grader_timeout_s)
     return stack.enter_context(grader)
-
-
-def evaluate(
-    sampler: Sampler, grader: Grader, problems: Problems, progress: Progress | None = None
-) -> tuple[dict[str, float], list[Completion], Grades]:
-    """Greedy accuracy on the evaluation problems -> metrics, completions, grades."""
-    asked = problems.evaluation
-    groups = sampler.sample(
-        [p.prompt_ids for p in asked], seeds=[0] * len(asked), temperature=0.0, progress=progress
-    )
-    grades = grader.grade([[problems.text(c) for c in g] for g in groups], [p.gold for p in asked])
-    completions = [group[0] for group in groups]
-    correct = float(grades.correct.sum())
-    metrics = {
-        "eval/accuracy": correct / len(asked),
-        "eval/correct": correct,
-        "eval/total": float(len(asked)),
-        "eval/boxed_fraction": float(grades.boxed.mean()),
-        "eval/truncated_fraction": float(
-            np.mean([c.finish_reason == "length" for c in completions])
-        ),
-        "eval/avg_gen_length": float(np.mean([len(c.token_ids) for c in completions])),
-    }
-    return metrics, completions, grades

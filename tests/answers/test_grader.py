@@ -34,6 +34,21 @@ def boxed(*answers):
     return [rf"so \boxed{{{answer}}}." for answer in answers]
 
 
+def test_equal_answers_are_one_answer_whatever_they_look_like(grader):
+    texts = [
+        [*boxed("0.5", "2", r"\frac12"), "no box", *boxed(r"\frac{1}{2}", "2.0", "3")],
+        [*boxed("x+1", "1+x", ROOT.answer, ROOT.gold), "none", "none", "none"],
+        ["none"] * 7,
+        boxed("", "", "1", "1", "1", "1", "1"),
+    ]
+    assert grader.same_answers(texts) == [
+        [[0, 2, 4], [1, 5], [6]],
+        [[0, 1], [2, 3]],
+        [],
+        [[0], [1], [2, 3, 4, 5, 6]],  # an empty answer equals nothing
+    ]
+
+
 def test_grades_have_the_shape_of_the_completions(grader):
     grades = grader.grade(
         [boxed("5", "6", ROOT.answer), [*boxed("0.5"), "5", r"\boxed{1"]], ["5", r"\frac12"]

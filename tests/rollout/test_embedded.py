@@ -17,6 +17,7 @@ from conftest import (
     with_random_b,
 )
 from peft import PeftModel
+from transformers import TopPLogitsWarper
 
 import jgrpo
 from jgrpo.policy.batch import Rows
@@ -168,6 +169,24 @@ def test_samples_follow_the_policy(parts, torch_policy, temperature):
     # It tells policies apart: of another temperature, or of another place, this is not a sample.
     assert chi_square_p(counts, p**0.8 / (p**0.8).sum()) < 1e-6
     assert chi_square_p(after, p) < 1e-6
+
+
+def test_top_p_leaves_the_likeliest_tokens_as_the_policy_has_them(parts, torch_policy):
+    """Against transformers' own filter, over the first token of 4096 completions."""
+    sampler = JaxSampler(*parts, stop_token_ids=[], max_tokens=1, max_rows=4096)
+    prompt, top_p, temperature = PROMPTS[0], 0.9, 1.5
+    groups = sampler.sample(
+        [prompt] * 256, seeds=range(256), group_size=16, temperature=temperature, top_p=top_p
+    )
+    logits = torch.tensor(torch_logits(torch_policy, [prompt])[:, -1]) / temperature
+    kept = TopPLogitsWarper(top_p=top_p)(None, logits).softmax(dim=-1)[0].numpy().astype(float)
+    assert 3 < (kept > 0).sum() < 40  # something is left, and something is left out
+    completions = [c for group in groups for c in group]
+    counts = np.bincount([c.token_ids[0] for c in completions], minlength=67)
+    assert not counts[kept == 0].any()
+    assert chi_square_p(counts[kept > 0], kept[kept > 0] / kept.sum()) > 0.01
+    for c in completions[:100]:  # what it says of them is the filtered policy's
+        assert c.logprobs[0] == pytest.approx(np.log(kept[c.token_ids[0]]), abs=1e-4)
 
 
 def test_loading_a_folder_changes_the_policy(checkpoint, parts, tmp_path):

@@ -92,6 +92,11 @@ def test_no_sampling_parameter_is_left_to_the_server(url, fake):
     ]
 
 
+def test_top_p_is_sent_where_it_is_asked_for(url, fake):
+    sampler_at(url).sample([[17]], seeds=[0], temperature=0.6, top_p=0.95)
+    assert fake.bodies(COMPLETIONS)[0]["top_p"] == 0.95
+
+
 def test_a_greedy_group_is_one_completion_repeated(url, fake):
     [group] = sampler_at(url).sample([[17]], seeds=[0], group_size=3, temperature=0)
     assert len(group) == 3
