@@ -76,6 +76,7 @@ def load_model(
         alpha=shape.alpha,
         target_modules=shape.target_modules,
     )
+    model.base_model = str(model_id)
     if adapter is not None:
         graph, fresh, base = split(model)
         model = nnx.merge(graph, adapters.load(Path(adapter), fresh), base)
@@ -83,7 +84,8 @@ def load_model(
 
 
 def save_adapter(model: "Decoder", folder: str | Path) -> None:
-    """Write the model's adapter as a PEFT folder, which must not exist yet."""
+    """Write the model's adapter as a PEFT folder, which must not exist yet; it names the base that
+    `load_model` was given, so that `AutoPeftModelForCausalLM` finds it."""
     from jgrpo.policy import adapter as adapters
 
     adapters.save_model_adapter(model, Path(folder))

@@ -14,6 +14,7 @@ COMMANDS = {
     "plot": "learning curves of runs as a picture",
     "view": "a page to read runs on: curves, completions, health",
     "show": "completions of a step in the terminal",
+    "export": "an adapter merged into its base, or on the hub with a card",
     "replay": "compute a logged step again, and compare",
     "ablate": "loss variants on the same completions, or variants x seeds as runs",
     "tiny": "make the quick start's model and problems from nothing",

@@ -93,13 +93,13 @@ def save(adapter: nnx.State, folder: Path, config: AdapterConfig, base_model: st
     os.rename(partial, folder)
 
 
-def save_model_adapter(model: Decoder, folder: Path, base_model: str = "") -> None:
+def save_model_adapter(model: Decoder, folder: Path) -> None:
     """Write the adapter that a model carries. InputError if it carries none."""
     adapter = nnx.state(model, LoRAParam)
     if not model.rank:
         raise InputError("this model has no adapter; load it with lora_r of 1 or more")
     shape = AdapterConfig(model.rank, model.alpha, model.target_modules)
-    save(adapter, folder, shape, base_model)
+    save(adapter, folder, shape, model.base_model)
 
 
 def read_config(folder: Path) -> AdapterConfig:

@@ -291,6 +291,7 @@ class Decoder(nnx.Module):
     ):
         parts = Parts(config, dtype, rank, alpha, target_modules, rngs)
         self.rank, self.alpha, self.target_modules = rank, alpha, target_modules
+        self.base_model = ""  # where the weights come from, for who saves the adapter
         self.model = Body(parts)
         tied, sizes = config.tied_head, (config.width, config.vocab_size)
         self.lm_head = None if tied else parts.dense("lm_head", *sizes)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import adapted, merged, random_ids, torch_logits, torch_model, with_random_b
 from flax import nnx
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.numpy import load_file, save_file
 
 import jgrpo
@@ -48,6 +48,14 @@ def test_peft_loads_what_we_save_to_the_same_logits(checkpoint, tmp_path, rank):
     expected = torch_logits(PeftModel.from_pretrained(reference, tmp_path / "a"), IDS)
     assert np.abs(expected - without).max() > 1
     assert np.abs(model(IDS) - expected).max() < 1e-4
+
+
+def test_an_adapter_names_its_base_so_that_peft_finds_it(checkpoint, tmp_path):
+    base = checkpoint("qwen3-tied")
+    model = merged(*adapted(base, 2))
+    jgrpo.save_adapter(model, tmp_path / "a")
+    found = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "a", dtype=torch.float32)
+    assert np.abs(torch_logits(found.eval(), IDS) - model(IDS)).max() < 1e-4
 
 
 def test_peft_uses_every_tensor_that_we_save(checkpoint, tmp_path):
