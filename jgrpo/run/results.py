@@ -9,10 +9,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from rich.table import Table
 
+from jgrpo.errors import short
 from jgrpo.estimators import Paired, paired
 from jgrpo.run.curves import COLOURS, MARKED
 from jgrpo.run.evaluation import Evaluation
-from jgrpo.run.rundir import short
 
 SHOWN_CHANGES = 3
 """Problems that rose, and that fell, which a comparison shows in the terminal."""
