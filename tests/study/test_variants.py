@@ -65,9 +65,12 @@ def test_parts_that_contradict_each_other_are_named():
         variant.apply(Config())
 
 
-def test_a_folder_without_the_baseline_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"has no rank1.py"):
-        read_variants(("clip",), tmp_path)
+def test_a_folder_of_one_s_own_has_the_shipped_variants_too(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from jgrpo.config import Config\nconfig = Config(lora_r=2)\n"
+    )
+    names = [v.name for v in read_variants(("rank1", "rank4", "mine"), tmp_path)]
+    assert names == ["rank1", "rank4", "mine"]
 
 
 def test_what_is_compared_with_comes_by_itself_and_first():
