@@ -51,6 +51,8 @@ OF_A_LOSS = {
     *("kl_estimator", "use_clip", "clip_eps", "clip_eps_high", "cispo_max_ratio", "entropy_coef"),
     *("use_token_level_loss", "use_importance_weights", "importance_weight_cap"),
     *("mask_truncated_completions", "use_length_penalty", "expected_maximum_length"),
+    *("clip_delta", "use_weighted_kl", "importance_weight_mode", "dppo_max_difference"),
+    *("sapo_tau_positive", "sapo_tau_negative"),
     *("overlong_cache", "use_prm", "process_reward_weight", "prm_model_id", "prm_batch_size"),
 }
 

@@ -2,7 +2,8 @@
 warning for what cannot change anything."""
 
 import dataclasses
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin
 from urllib.parse import urlsplit
@@ -21,9 +22,65 @@ POSITIVE = (
         "updates_per_epoch",
     ),
     *("cispo_max_ratio", "importance_weight_cap", "max_sampling_rounds", "prm_batch_size"),
+    *("sapo_tau_positive", "sapo_tau_negative", "dppo_max_difference"),
 )
 VLLM_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 MAX_GRADER_WORKERS = 256
+INSTEAD_OF_A_CLIP = {
+    "cispo": "CISPO caps its ratio by cispo_max_ratio",
+    "sapo": "SAPO has a soft gate, sapo_tau_positive and sapo_tau_negative",
+    "dppo": "DPPO bounds how far a probability moves, dppo_max_difference",
+}
+
+Condition = tuple[Callable[[Any], bool], str]
+_CLIP: Condition = lambda c: c.use_clip, "with --use_clip"
+_KL: Condition = lambda c: c.use_kl_penalty and c.beta > 0, "with --use_kl_penalty and beta > 0"
+_TO_BASE: Condition = (
+    lambda c: c.use_kl_penalty and c.beta > 0 and c.kl_to == "base",
+    "with --use_kl_penalty, beta > 0 and --kl_to base",
+)
+_WEIGHTS: Condition = lambda c: c.use_importance_weights, "with --use_importance_weights"
+_LENGTH: Condition = lambda c: c.use_length_penalty, "with --use_length_penalty"
+_PRM: Condition = lambda c: c.use_prm, "with --use_prm"
+_VLLM: Condition = lambda c: c.rollout == "vllm", "with --rollout vllm"
+_SAPO: Condition = lambda c: c.loss_type == "sapo", "with --loss_type sapo"
+READ_WHERE: dict[str, Condition] = {
+    "beta": (lambda c: c.use_kl_penalty, "with --use_kl_penalty"),
+    "kl_to": _KL,
+    "kl_estimator": _KL,
+    "use_weighted_kl": _TO_BASE,
+    "clip_eps": _CLIP,
+    "clip_eps_high": _CLIP,
+    "clip_delta": _CLIP,
+    "cispo_max_ratio": (lambda c: c.loss_type == "cispo", "with --loss_type cispo"),
+    "sapo_tau_positive": _SAPO,
+    "sapo_tau_negative": _SAPO,
+    "dppo_max_difference": (lambda c: c.loss_type == "dppo", "with --loss_type dppo"),
+    "use_token_level_loss": (
+        lambda c: c.loss_type != "cispo",
+        "without --loss_type cispo, which averages over tokens by itself",
+    ),
+    "importance_weight_cap": _WEIGHTS,
+    "importance_weight_mode": _WEIGHTS,
+    "max_sampling_rounds": (lambda c: c.use_dynamic_sampling, "with --use_dynamic_sampling"),
+    "expected_maximum_length": _LENGTH,
+    "overlong_cache": _LENGTH,
+    "process_reward_weight": _PRM,
+    "prm_model_id": _PRM,
+    "prm_batch_size": _PRM,
+    "reward_weights": (lambda c: bool(c.reward_function), "with --reward_function"),
+    "vllm_url": _VLLM,
+    "vllm_timeout_s": _VLLM,
+    "base_dir": (lambda c: not c.run_dir, "without --run_dir"),
+}
+"""Option -> when something reads it, and that in words; all others are read by every training."""
+READ_BY_EVALUATION = frozenset(
+    {"model_id", "dtype", "lora_r", "lora_alpha", "lora_target_modules", "attn_implementation",
+     "seed", "rollout", "vllm_url", "vllm_timeout_s", "max_tokens", "max_prompt_tokens",
+     "dataset_path", "dataset_split", "eval_dataset_path", "eval_split", "n_eval_prompts",
+     "prompt_template", "enable_thinking", "grader_timeout_s", "grader_workers",
+     "n_prompts_per_step", "group_size", "eval_n_samples", "eval_temperature", "eval_top_p"}
+)  # fmt: skip
 
 
 def problems_of(c: Any) -> list[str]:
@@ -78,6 +135,9 @@ def _wrong_values(c: Any) -> Iterator[str]:
         yield f"clip_eps={c.clip_eps}: must be between 0 and 1"
     if c.clip_eps_high is not None and not 0 < c.clip_eps_high < float("inf"):
         yield f"clip_eps_high={c.clip_eps_high}: must be positive, or None for clip_eps"
+    upper = 1 + (c.clip_eps if c.clip_eps_high is None else c.clip_eps_high)
+    if c.clip_delta is not None and not upper < c.clip_delta < float("inf"):
+        yield f"clip_delta={c.clip_delta}: must be above 1 + clip_eps_high = {upper:g}, or None"
     if c.max_mean_logprob_diff is not None and not 0 < c.max_mean_logprob_diff < float("inf"):
         yield f"max_mean_logprob_diff={c.max_mean_logprob_diff}: must be positive, or None"
     if not 0 <= c.process_reward_weight <= 1:
@@ -89,8 +149,16 @@ def _wrong_values(c: Any) -> Iterator[str]:
         )
     if c.warmup_steps >= c.n_updates > 0:
         yield f"warmup_steps={c.warmup_steps}: must be below the {c.n_updates} updates of the run"
-    if c.reward_function and not all(c.reward_function.rpartition(":")[::2]):
-        yield f"reward_function={c.reward_function!r}: must be file.py:function or module:function"
+    for spec in c.reward_function:
+        if not all(spec.rpartition(":")[::2]):
+            yield f"reward_function={spec!r}: must be file.py:function or module:function"
+    if c.reward_function and len(c.weights_of_rewards) != len(c.reward_function):
+        yield (
+            f"reward_weights={c.reward_weights}: {len(c.reward_weights)} for "
+            f"{len(c.reward_function)} in reward_function; give one for each"
+        )
+    if not all(math.isfinite(w) for w in c.reward_weights):
+        yield f"reward_weights={c.reward_weights}: must be finite"
     if c.attn_implementation == "cudnn" and c.dtype != "bfloat16":
         yield f"attn_implementation=cudnn: needs dtype=bfloat16, not {c.dtype}"
     yield from _without_meaning(c)
@@ -127,18 +195,19 @@ def _wrong_values(c: Any) -> Iterator[str]:
 
 def _without_meaning(c: Any) -> Iterator[str]:
     """Yield one line for each pair of techniques that contradict each other."""
-    if c.loss_type == "cispo" and c.use_clip:
-        yield "use_clip with loss_type=cispo: CISPO caps its ratio by cispo_max_ratio instead"
+    if c.use_clip and c.loss_type in INSTEAD_OF_A_CLIP:
+        yield f"use_clip with loss_type={c.loss_type}: {INSTEAD_OF_A_CLIP[c.loss_type]} instead"
     if c.loss_type in ("dr_grpo", "rloo") and c.use_token_level_loss:
         divisor = "a constant" if c.loss_type == "dr_grpo" else "the number of completions"
         yield (
             f"use_token_level_loss with loss_type={c.loss_type}: it divides by {divisor}, not by "
             "the number of tokens; take one of the two"
         )
-    if c.loss_type in ("gspo", "rloo") and c.use_importance_weights:
+    by_token = c.use_importance_weights and c.importance_weight_mode.startswith("token")
+    if c.loss_type in ("gspo", "rloo") and by_token:
         yield (
             f"use_importance_weights with loss_type={c.loss_type}: the weights are per token, and "
-            "it has one ratio a completion"
+            "it has one ratio a completion; take importance_weight_mode=sequence_truncate"
         )
 
 
@@ -149,7 +218,9 @@ def without_effect(c: Any) -> list[str]:
         inert = ["use_clip"] * c.use_clip
         old_kl = c.use_kl_penalty and c.kl_to == "old" and c.kl_estimator != "k1"
         inert += ["use_kl_penalty (kl_to=old)"] * old_kl
-        inert += ["loss_type=cispo's cap"] * (c.loss_type == "cispo")
+        cap_binds_at_1 = c.cispo_max_ratio < 1
+        inert += ["loss_type=cispo's cap"] * (c.loss_type == "cispo" and not cap_binds_at_1)
+        inert += [f"loss_type={c.loss_type}'s bound"] * (c.loss_type in ("sapo", "dppo"))
         if inert:
             warnings.append(
                 f"{' and '.join(inert)} cannot change anything with one update a rollout "
@@ -163,24 +234,47 @@ def without_effect(c: Any) -> list[str]:
     if c.use_kl_penalty and c.beta == 0:
         warnings.append("use_kl_penalty changes nothing with beta=0")
     if c.use_kl_penalty and c.kl_estimator == "k1":
-        if c.kl_to == "base":
+        if c.kl_to == "base" and not c.use_weighted_kl:
+            when = "" if c.updates_per_rollout == 1 else ", at the first update of a rollout,"
             warnings.append(
-                "kl_estimator=k1 to the base has a gradient whose expectation is zero: it adds "
-                "noise and pulls nowhere; k2 is the unbiased one"
+                f"kl_estimator=k1 to the base has{when} a gradient whose expectation is zero: it "
+                "adds noise and pulls nowhere; k2 is unbiased there, and so is k1 with "
+                "--use_weighted_kl"
             )
-        elif c.updates_per_rollout == 1:
+        elif c.kl_to == "old" and c.updates_per_rollout == 1:
             warnings.append(
                 "kl_estimator=k1 to the old policy has, with one update a rollout, a gradient "
                 "whose expectation is zero: it only adds noise"
             )
     if c.loss_type == "dr_grpo" and c.use_std_norm:
         warnings.append("loss_type=dr_grpo is without std in its paper: --no_std_norm")
+    if c.loss_type == "rloo" and (c.use_std_norm or not c.use_leave_one_out):
+        warnings.append(
+            "loss_type=rloo is REINFORCE with the group's mean as it stands; RLOO is "
+            "--use_leave_one_out --no_std_norm"
+        )
     if c.use_length_penalty and c.max_tokens <= c.expected_maximum_length - c.overlong_cache:
         warnings.append(
             f"use_length_penalty changes nothing: the penalty starts above "
             f"{c.expected_maximum_length - c.overlong_cache} tokens, and max_tokens={c.max_tokens}"
         )
-    return warnings
+    return warnings + unread(c)
+
+
+def unread(c: Any) -> list[str]:
+    """Warnings: options that differ from their default, and that nothing reads beside the others;
+    one line for all that wait for the same."""
+    idle: dict[str, list[str]] = {}
+    for name, (is_read, remedy) in READ_WHERE.items():
+        if str(getattr(c, name)) != _default(c, name) and not is_read(c):
+            idle.setdefault(remedy, []).append(name)
+    return [f"{', '.join(names)}: read only {remedy}" for remedy, names in idle.items()]
+
+
+def unread_by_evaluation(given: Iterable[str]) -> list[str]:
+    """Of the options given to `evaluate`, those that only training reads, as a warning."""
+    idle = [name for name in given if name not in READ_BY_EVALUATION]
+    return [f"{', '.join(idle)}: evaluation does not read it; training does"] if idle else []
 
 
 def _default(c: Any, name: str) -> str:
@@ -203,4 +297,6 @@ def _is_a(value: Any, kind: Any) -> bool:
         return isinstance(value, float) or (_is_a(value, int) and abs(value) < 2**1023)
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool)
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_is_a(v, get_args(kind)[0]) for v in value)
     return isinstance(value, get_origin(kind) or kind)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+from jgrpo.checks import unread_by_evaluation
 from jgrpo.config import Config, config_of_run, load_config
 from jgrpo.errors import SIGNALS, InputError
 from jgrpo.flags import parse_flags
@@ -140,6 +141,10 @@ def parse(kind: type[C], argv: Sequence[str] | None = None, *, name: str = "") -
     if isinstance(command, Evaluate):
         against = command.against if str(command.against) == "base" else _last_of(command.against)
         command = dataclasses.replace(command, adapter=_adapter_of(command), against=against)
+        names = [f.name for f in dataclasses.fields(Config)]
+        changed = [n for n in names if getattr(command.options, n) != getattr(config, n)]
+        for line in unread_by_evaluation(changed):
+            print(f"note: {line}", file=sys.stderr)
     return command
 
 

@@ -37,7 +37,8 @@ class Config:
     lr: float = 9e-5
     """Adam's highest learning rate (betas 0.9, 0.999; eps 1e-8; global gradient norm <= 1)."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
-    """After the warm-up: stay, or fall so that it would be 0 after the run's last update."""
+    """After the warm-up: stay, or fall so that it would be 0 after the run's last update. Counted
+    are updates that are made: none where there is no gradient, or it is not finite."""
     warmup_steps: int = 0
     """Optimizer updates over which the learning rate rises linearly from 0."""
     n_grpo_steps: int = 50
@@ -65,11 +66,12 @@ class Config:
     """Seeds the adapter, the prompt order and the samples."""
 
     # -- loss and advantage
-    loss_type: Literal["grpo", "dr_grpo", "gspo", "cispo", "rloo"] = "grpo"
+    loss_type: Literal["grpo", "dr_grpo", "gspo", "cispo", "rloo", "sapo", "dppo"] = "grpo"
     """grpo: a ratio a token, mean over completions of their token means (DeepSeekMath).
     dr_grpo: sum over tokens / (completions x max_tokens); take --no_std_norm with it.
     gspo: a ratio a completion, exp(mean log ratio). rloo: a ratio a completion, exp(sum log ratio).
-    cispo: -stop_gradient(min(ratio, cispo_max_ratio)) A logprob, mean over tokens (MiniMax-M1)."""
+    cispo: -stop_gradient(min(ratio, cispo_max_ratio)) A logprob, mean over tokens (MiniMax-M1).
+    sapo: a soft gate in place of a clip. dppo: as grpo, without what has moved too far."""
     use_std_norm: bool = True
     """Divide a group's advantages by their standard deviation."""
     use_leave_one_out: bool = False
@@ -81,6 +83,9 @@ class Config:
     kl_to: Literal["old", "base"] = "old"
     """KL to the policy at the start of the step (the study's), or to the base model (adapter off;
     a forward pass more)."""
+    use_weighted_kl: bool = False
+    """Weigh the KL to the base by the ratio, which makes k1 and k3 unbiased after the first update
+    of a rollout too (DeepSeek-V3.2; TRL's default)."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """k3 = e^d - d - 1, k1 = -d, k2 = d^2 / 2 (Schulman 2020), with d = log pi_other - log pi_of
     the samples; losses.py states the bias of each."""
@@ -90,15 +95,29 @@ class Config:
     """Lower width of the clip range."""
     clip_eps_high: float | None = None
     """Upper width of the clip range; None: clip_eps. Larger is DAPO's clip-higher."""
+    clip_delta: float | None = None
+    """Largest ratio where the advantage is negative, which the clip leaves unbounded (dual clip;
+    TRL's delta); above 1 + clip_eps_high. None: no bound."""
     cispo_max_ratio: float = 5.0
     """Cap of CISPO's ratio, an absolute value (5: ScaleRL, Khatri et al. 2025)."""
+    sapo_tau_positive: float = 1.0
+    """SAPO's temperature where the advantage is positive."""
+    sapo_tau_negative: float = 1.05
+    """SAPO's temperature where it is not: higher fades sooner (1.0 and 1.05: Gao et al. 2025)."""
+    dppo_max_difference: float = 0.2
+    """How far a token's probability may move, the way that its advantage pushes, before DPPO trains
+    it no more."""
     use_token_level_loss: bool = False
     """Average over all tokens of the update (DAPO) instead of over completions."""
     use_importance_weights: bool = False
-    """Weigh each token by min(pi_old / pi_sampler, importance_weight_cap), for the gap between
-    sampler and trainer (truncated importance sampling)."""
+    """Weigh what is trained by pi_old / pi_sampler, for the gap between sampler and trainer."""
     importance_weight_cap: float = 2.0
-    """Largest weight of a token."""
+    """Largest weight."""
+    importance_weight_mode: Literal[
+        "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"
+    ] = "token_truncate"
+    """A weight a token, or one a completion (of all its tokens together); what is above the cap is
+    taken down to it (truncated importance sampling) or left out (masked)."""
     entropy_coef: float = 0.0
     """Weight of an entropy bonus, per token (nats)."""
     mask_truncated_completions: bool = False
@@ -123,10 +142,14 @@ class Config:
     """Process reward model: a hub id or folder of that layout (Qwen2.5 body, v_head.summary)."""
     prm_batch_size: int = 16
     """Completions that the process reward model scores at once."""
-    reward_function: str = ""
-    """Your own reward in place of the outcome, `file.py:function` or `module:function`. Called with
-    prompts, completions, completion_ids, gold and correct, a list each, it returns a number for
-    each completion. It is code of yours and runs as such."""
+    reward_function: tuple[str, ...] = ()
+    """Your own reward in place of the outcome, `file.py:function` or `module:function`; several
+    are added up. Called as TRL calls its own, with what its signature takes of prompts,
+    completions, completion_ids, gold, correct and the columns of the rows, a list each, it returns
+    a number (or None: no reward of this kind) for each completion. It is code of yours and runs as
+    such."""
+    reward_weights: tuple[float, ...] = ()
+    """Weights of the reward functions, in their order; none: 1 each."""
     grader_timeout_s: float = 3.0
     """Seconds that checking one answer may take, counted from when its check starts."""
     grader_workers: int = 2
@@ -195,6 +218,12 @@ class Config:
     def __post_init__(self) -> None:
         if isinstance(self.lora_target_modules, list):  # as JSON has it
             object.__setattr__(self, "lora_target_modules", tuple(self.lora_target_modules))
+        if isinstance(self.reward_function, str):  # one, or none
+            one = (self.reward_function,) if self.reward_function else ()
+            object.__setattr__(self, "reward_function", one)
+        for name in ("reward_function", "reward_weights"):
+            if isinstance(value := getattr(self, name), list):
+                object.__setattr__(self, name, tuple(value))
         if problems := problems_of(self):
             raise InputError("bad config:\n" + "\n".join(f"  {p}" for p in problems))
 
@@ -205,6 +234,10 @@ class Config:
     @property
     def updates_per_rollout(self) -> int:
         return self.epochs_per_step * self.updates_per_epoch
+
+    @property
+    def weights_of_rewards(self) -> tuple[float, ...]:
+        return self.reward_weights or (1.0,) * len(self.reward_function)
 
     @property
     def n_updates(self) -> int:

@@ -34,7 +34,10 @@ ELSEWHERE = {
     "save_steps": "checkpoint_every", "eval_steps": "eval_every", "logging_dir": "base_dir",
     "warmup_ratio": "warmup_steps", "reward_funcs": "reward_function", "bf16": "dtype",
     "torch_dtype": "dtype", "vllm_server_base_url": "vllm_url", "kl_coef": "beta",
-    "kl_beta": "beta", "vllm_importance_sampling_correction": "use_importance_weights",
+    "kl_beta": "beta", "delta": "clip_delta", "use_bias_correction_kl": "use_weighted_kl",
+    "vllm_importance_sampling_mode": "importance_weight_mode",
+    "sapo_temperature_pos": "sapo_tau_positive", "sapo_temperature_neg": "sapo_tau_negative",
+    "vllm_importance_sampling_correction": "use_importance_weights",
     "use_vllm": "rollout", "attn_impl": "attn_implementation", "reward_model": "prm_model_id",
 }  # fmt: skip
 """What TRL and PEFT call it, and what it is called here."""

@@ -27,6 +27,7 @@ from jgrpo.advantages import group_advantages, leave_one_out
 from jgrpo.checks import without_effect
 from jgrpo.config import Config
 from jgrpo.policy import adapter as adapters
+from jgrpo.rewards import load_functions
 from jgrpo.rollout import Sampler
 from jgrpo.run import memory
 from jgrpo.run.collect import Collector
@@ -37,6 +38,7 @@ from jgrpo.run.rundir import adapter_folder, read_metrics, run_id, write_rollout
 from jgrpo.run.runlog import RunLog
 from jgrpo.run.session import (
     Session,
+    columns_of,
     configure_jax,
     open_policy,
     open_problems,
@@ -64,14 +66,14 @@ class Loop:
         c, log, start_s = self.session.config, self.log, time.perf_counter()
         rollout = self.collector.collect(step, log)
         with log.phase("reward"):
-            rewards = self.session.scorers.rewards(c, rollout)
+            rewards = rollout.rewards
             advantages_of = leave_one_out if c.use_leave_one_out else group_advantages
             advantages = advantages_of(rewards.total, c.use_std_norm)
         with log.phase("training"):
             metrics = self.learner.learn(rollout.rows(advantages, c.mask_truncated_completions))
         self.check_policy(step, metrics)
         with log.phase("export"):
-            write_rollouts(self.record.run_dir, step, rollout.lines(rewards, advantages))
+            write_rollouts(self.record.run_dir, step, rollout.lines(advantages))
         self.publish(step)
         metrics |= step_metrics(rollout, rewards, advantages) | log.take_seconds()
         log.log(step, metrics | {"time/step": time.perf_counter() - start_s})
@@ -93,7 +95,9 @@ class Loop:
         """Everything before the next step: self-tests, the probe, the adapter, its evaluation (if
         the run was not stopped after it), the first checkpoint."""
         session, first, run_dir = self.session, self.record.first, self.record.run_dir
-        self.collector = Collector(session.config, session.problems, self.sampler, session.grader)
+        self.collector = Collector(
+            session.config, session.problems, self.sampler, session.grader, session.scorers
+        )
         session.grader.self_test()
         if not memory.is_small(session.policy):
             self.rehearse()
@@ -207,7 +211,9 @@ def step_metrics(rollout, rewards, advantages) -> dict[str, float]:
 def dry_run(config: Config) -> None:
     """Read all input but the weights, and print what training will take of the memory."""
     configure_jax()
-    problems, policy = open_problems(config), open_policy(config, abstract=True)
+    problems = open_problems(config)
+    load_functions(config.reward_function, columns_of(problems.train))
+    policy = open_policy(config, abstract=True)
     lengths = [len(problem.prompt_ids) for problem in problems.train]
     table = memory.training_memory(config, policy, lengths).table(memory.free_memory())
     for line in (*problems.report, *without_effect(config), table):

@@ -80,11 +80,16 @@ def another(field: dataclasses.Field) -> tuple[list[str], object]:
     name, default = field.name, field.default
     if isinstance(default, bool):
         return [f"--no_{name}" if default else f"--{name}"], not default
+    if name == "reward_function":
+        return ["--reward_function", "a.py:f", "b.py:g"], ("a.py:f", "b.py:g")
+    if name == "reward_weights":
+        return ["--reward_weights", "1", "0.5"], (1.0, 0.5)
     if isinstance(default, tuple):
         return [f"--{name}", PROJECTIONS[0]], (PROJECTIONS[0],)
     values = {
         "dtype": "float32", "rollout": "jax", "vllm_url": "http://x:1", "clip_eps": 0.5,
-        "clip_eps_high": 0.3, "process_reward_weight": 0.25, "reward_function": "mine.py:reward",
+        "clip_eps_high": 0.3, "process_reward_weight": 0.25,
+        "clip_delta": 3.0, "importance_weight_mode": "sequence_mask",
         "loss_type": "gspo", "kl_to": "base", "kl_estimator": "k2", "lr_scheduler_type": "cosine",
         "attn_implementation": "cudnn", "max_mean_logprob_diff": 0.1,
     }  # fmt: skip

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from jgrpo.checks import without_effect
+from jgrpo import cli
+from jgrpo.checks import READ_WHERE, unread, without_effect
 from jgrpo.config import PROJECTIONS, Config, load_config
 from jgrpo.errors import InputError
+from jgrpo.update.learner import loss_of, needs_base, pulls_without_advantage
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -164,6 +166,12 @@ CHANGES = {
     "gspo": {"loss_type": "gspo", "use_clip": True, "clip_eps": 3e-4, "clip_eps_high": 4e-4},
     "cispo": {"loss_type": "cispo"},
     "rloo": {"loss_type": "rloo", "use_leave_one_out": True, "use_std_norm": False},
+    "dual_clip": {"use_clip": True, "clip_delta": 3.0, "updates_per_epoch": 4},
+    "kl_weighted": {"use_kl_penalty": True, "kl_to": "base", "use_weighted_kl": True,
+                    "updates_per_epoch": 4},
+    "masked_weights": {"use_importance_weights": True, "importance_weight_mode": "sequence_mask"},
+    "sapo": {"loss_type": "sapo", "updates_per_epoch": 4},
+    "dppo": {"loss_type": "dppo", "updates_per_epoch": 4},
 }  # fmt: skip
 
 
@@ -253,12 +261,24 @@ def test_what_contradicts_itself_is_refused_with_both_names(fields, names):
         ({"use_kl_penalty": True}, ["use_kl_penalty (kl_to=old)"]),
         ({"use_kl_penalty": True, "kl_to": "base"}, []),
         ({"loss_type": "cispo"}, ["loss_type=cispo's cap"]),
+        ({"loss_type": "cispo", "cispo_max_ratio": 0.5}, []),  # halves every token's gradient
+        ({"loss_type": "sapo"}, ["loss_type=sapo's bound"]),
+        ({"loss_type": "rloo"}, ["--use_leave_one_out --no_std_norm"]),
+        ({"loss_type": "rloo", "use_leave_one_out": True}, ["--no_std_norm"]),
+        ({"loss_type": "rloo", "use_leave_one_out": True, "use_std_norm": False}, []),
         ({"use_clip": True, "use_kl_penalty": True}, ["use_clip and use_kl_penalty"]),
         ({"use_clip": True, "use_kl_penalty": True, "epochs_per_step": 2}, []),
         ({"use_clip": True, "use_kl_penalty": True, "updates_per_epoch": 2}, []),
         ({"loss_type": "cispo", "updates_per_epoch": 2}, []),
         ({"use_kl_penalty": True, "kl_to": "base", "kl_estimator": "k1"}, ["kl_estimator=k1"]),
-        ({"kl_to": "base", "kl_estimator": "k1"}, []),
+        ({"use_kl_penalty": True, "kl_to": "base", "kl_estimator": "k1", "use_weighted_kl": True},
+         []),
+        ({"use_kl_penalty": True, "kl_to": "base", "kl_estimator": "k1", "updates_per_epoch": 2},
+         ["at the first update of a rollout"]),
+        ({"kl_to": "base", "kl_estimator": "k1"}, ["kl_to, kl_estimator: read only with"]),
+        ({"beta": 0.1}, ["beta: read only with --use_kl_penalty"]),
+        ({"clip_eps": 0.1, "clip_eps_high": 0.3}, ["clip_eps, clip_eps_high: read only with"]),
+        ({"max_sampling_rounds": 9, "prm_batch_size": 2}, ["max_sampling_rounds", "prm_batch"]),
         ({"loss_type": "dr_grpo"}, ["--no_std_norm"]),
         ({"loss_type": "dr_grpo", "use_std_norm": False}, []),
         ({"use_length_penalty": True, "max_tokens": 512}, ["use_length_penalty"]),
@@ -277,4 +297,95 @@ def test_a_technique_that_cannot_change_anything_is_warned_of(fields, warned):
 def test_the_config_files_that_are_warned_of_are_known():
     # With one update a rollout neither clip nor cap nor KL to the old policy can bind.
     warned = {file.stem for file in CONFIGS.glob("*.py") if without_effect(load_config(file))}
-    assert warned == {"clip", "kl", "cispo", "gspo", "dapo"}
+    # tiny.py sets the lengths that --use_length_penalty would read.
+    assert warned == {"clip", "kl", "cispo", "gspo", "dapo", "tiny"}
+
+
+def test_every_option_that_may_be_idle_is_named_exactly_while_nothing_reads_it():
+    """Over all fields: of what is read here and there, the default is never named, another value is
+    named where its condition fails, and no more where it holds."""
+    asked = {
+        "beta": {"use_kl_penalty": True},
+        "kl_to": {"use_kl_penalty": True},
+        "kl_estimator": {"use_kl_penalty": True},
+        "use_weighted_kl": {"use_kl_penalty": True, "kl_to": "base"},
+        "clip_eps": {"use_clip": True},
+        "clip_eps_high": {"use_clip": True},
+        "clip_delta": {"use_clip": True},
+        "cispo_max_ratio": {"loss_type": "cispo"},
+        "sapo_tau_positive": {"loss_type": "sapo"},
+        "sapo_tau_negative": {"loss_type": "sapo"},
+        "dppo_max_difference": {"loss_type": "dppo"},
+        "importance_weight_cap": {"use_importance_weights": True},
+        "importance_weight_mode": {"use_importance_weights": True},
+        "max_sampling_rounds": {"use_dynamic_sampling": True},
+        "expected_maximum_length": {"use_length_penalty": True},
+        "overlong_cache": {"use_length_penalty": True},
+        "process_reward_weight": {"use_prm": True},
+        "prm_model_id": {"use_prm": True},
+        "prm_batch_size": {"use_prm": True},
+        "reward_weights": {"reward_function": ("a:f",)},
+        "vllm_url": {"rollout": "vllm"},
+        "vllm_timeout_s": {"rollout": "vllm"},
+        "base_dir": {"run_dir": ""},
+        "use_token_level_loss": {"loss_type": "grpo"},
+    }
+    off = {"vllm_url": {"rollout": "jax"}, "vllm_timeout_s": {"rollout": "jax"},
+           "base_dir": {"run_dir": "x"}, "use_token_level_loss": {"loss_type": "cispo"},
+           }  # fmt: skip
+    other = {"kl_to": "base", "kl_estimator": "k2", "clip_eps_high": 0.5, "clip_delta": 3.0,
+             "importance_weight_mode": "token_mask", "reward_weights": (0.5,),
+             "vllm_url": "http://x:1", "prm_model_id": "x", "base_dir": "y"}  # fmt: skip
+    assert asked.keys() == READ_WHERE.keys()
+    assert READ_WHERE.keys() <= {f.name for f in dataclasses.fields(Config)}
+    assert unread(Config()) == []
+    for name, on in asked.items():
+        default = next(f.default for f in dataclasses.fields(Config) if f.name == name)
+        value = {name: other.get(name, not default if default is False else default)}
+        if isinstance(default, int | float) and not isinstance(default, bool):
+            value = {name: default / 2 if isinstance(default, float) else default + 1}
+        [line] = unread(Config(**value, **off.get(name, {})))
+        assert line.startswith(f"{name}: read only "), line
+        assert unread(Config(**value, **on)) == [], name
+
+
+class Reads(Config):
+    """A config that writes down which of its fields are read."""
+
+    def __getattribute__(self, name):
+        if name in Config.__dataclass_fields__:
+            Reads.seen.add(name)
+        return super().__getattribute__(name)
+
+
+def reads_of_the_loss(**options) -> set[str]:
+    Reads.seen = set()
+    config = Reads(**options)
+    Reads.seen = set()
+    loss_of(config), needs_base(config), pulls_without_advantage(config)
+    return Reads.seen
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ({"use_kl_penalty": True, "kl_to": "base"}, {"beta", "kl_estimator", "use_weighted_kl"}),
+        ({"use_clip": True}, {"clip_eps", "clip_eps_high", "clip_delta"}),
+        ({"loss_type": "cispo"}, {"cispo_max_ratio"}),
+        ({"loss_type": "sapo"}, {"sapo_tau_positive", "sapo_tau_negative"}),
+        ({"loss_type": "dppo"}, {"dppo_max_difference"}),
+        ({"use_importance_weights": True}, {"importance_weight_cap", "importance_weight_mode"}),
+    ],
+)
+def test_the_loss_reads_what_the_table_says_and_when(options, names):
+    assert names <= reads_of_the_loss(**options)
+    assert not names & (reads_of_the_loss() - {"kl_estimator"})  # asked of the pull, by itself
+    assert all(READ_WHERE[name][0](Config(**options)) for name in names)
+    assert not any(READ_WHERE[name][0](Config()) for name in names)
+
+
+def test_options_of_training_given_to_evaluate_are_named(capsys):
+    cli.parse(cli.Evaluate, ["--lr", "1", "--n_eval_prompts", "7"])
+    assert "note: lr: evaluation does not read it" in capsys.readouterr().err
+    cli.parse(cli.Evaluate, ["--n_eval_prompts", "7"])
+    assert capsys.readouterr().err == ""

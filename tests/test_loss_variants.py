@@ -29,7 +29,8 @@ class Case(NamedTuple):
 
 
 HIGHER = {"clip_eps": 0.1, "clip_eps_high": 0.15}
-WEIGHTS = {"importance_cap": 1.1}
+WEIGHTS_CAP = 1.1
+WEIGHTS = {"importance_cap": WEIGHTS_CAP}
 CASES = [
     Case("grpo", {}),
     Case("grpo", {"clip_eps": 0.2}),
@@ -49,6 +50,16 @@ CASES = [
     Case("cispo", {"max_ratio": 1.2}),
     Case("cispo", {"max_ratio": 1.2, "beta": 0.3}),
     Case("cispo", {"max_ratio": 1.2, "beta": 0.3, "entropy_coef": 0.1} | WEIGHTS, to_base=True),
+    Case("grpo", HIGHER | {"clip_delta": 1.2}),
+    Case("rloo", HIGHER | {"clip_delta": 1.2}),
+    Case("grpo", {"beta": 0.3, "kl_weighted": True}, to_base=True),
+    Case("gspo", WEIGHTS | {"importance_mode": "sequence_mask"}),
+    Case("grpo", WEIGHTS | {"importance_mode": "sequence_truncate"}),
+    Case("grpo", WEIGHTS | {"importance_mode": "token_mask"}),
+    Case("sapo", {}),
+    Case("sapo", {"tau_positive": 0.7, "tau_negative": 3.0, "token_level": True}),
+    Case("dppo", {"max_difference": 0.03}),
+    Case("dppo", {"max_difference": 0.03, "token_level": True, "beta": 0.3} | WEIGHTS),
 ]
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
 
@@ -119,18 +130,27 @@ def test_the_data_lie_on_all_sides_of_every_bound():
 # -- against PyTorch ------------------------------------------------------------------------------
 
 
-def clipped(ratio, a: float, clip_eps=None, clip_eps_high=None):
+def clipped(ratio, a: float, clip_eps=None, clip_eps_high=None, clip_delta=None):
     """PPO's objective by the advantage's sign: better has a ceiling, worse a floor."""
     if clip_eps is None:
         return -ratio * a
     if a > 0:
         return -torch.clamp(ratio, max=1 + (clip_eps_high or clip_eps)) * a
-    return -torch.clamp(ratio, min=1 - clip_eps) * a
+    return -torch.clamp(ratio, min=1 - clip_eps, max=clip_delta) * a
 
 
 def policy_terms(name: str, p: list, p_old: list, a: float, options: dict) -> list:
     """What is minimised on each token of one completion, from its tokens' probabilities."""
     ratios = [new / old for new, old in zip(p, p_old, strict=True)]
+    if name == "sapo":
+        tau = options.get("tau_positive", 1.0) if a > 0 else options.get("tau_negative", 1.05)
+        return [-4 / tau * a / (1 + torch.exp(-tau * (ratio - 1))) for ratio in ratios]
+    if name == "dppo":
+        moved = [
+            (new - old).item() * math.copysign(1, a) for new, old in zip(p, p_old, strict=True)
+        ]
+        far = [m > options["max_difference"] for m in moved]
+        return [0 * r if out else -r * a for r, out in zip(ratios, far, strict=True)]
     bounds = {k: v for k, v in options.items() if k.startswith("clip")}
     if name == "cispo":
         weights = [min(ratio.item(), options["max_ratio"]) for ratio in ratios]
@@ -166,10 +186,15 @@ def torch_loss(case: Case, data: dict[str, torch.Tensor]) -> torch.Tensor:
             share = 1 / (len(MASK) * len(places))
         for i, term in enumerate(policy_terms(name, p, p_old, a, options)):
             if "importance_cap" in options:
-                term = term * min((p_old[i] / p_sampler[i]).item(), options["importance_cap"])
+                level, beyond = options.get("importance_mode", "token_truncate").split("_")
+                each = [(old / s).item() for old, s in zip(p_old, p_sampler, strict=True)]
+                weight, cap = each[i] if level == "token" else math.prod(each), WEIGHTS_CAP
+                term = term * (weight if weight <= cap else cap * (beyond == "truncate"))
             if "beta" in options:
                 odds = p_base[i] / p[i] if to_base else p[i] / p_old[i]
-                term = term + options["beta"] * kl_term(options.get("kl_estimator", "k3"), odds)
+                kl = kl_term(options.get("kl_estimator", "k3"), odds)
+                kl = kl * p[i] / p_old[i] if options.get("kl_weighted") else kl
+                term = term + options["beta"] * kl
             term = term - options.get("entropy_coef", 0) * data["entropies"][n, places[i]]
             loss = loss + share * term
     return loss
@@ -283,7 +308,7 @@ ONE_TOKEN = np.eye(5)
 LENGTHS = MASK.sum(axis=1, keepdims=True)
 ON_POLICY = {"logprobs": DATA["old"]}
 ALL = [Case("grpo", {}), Case("dr_grpo", {"max_tokens": 7}), Case("gspo", {}), Case("rloo", {}),
-       Case("cispo", {"max_ratio": 1.2})]  # fmt: skip
+       Case("cispo", {"max_ratio": 1.2}), Case("sapo", {}), Case("dppo", {})]  # fmt: skip
 each_loss = pytest.mark.parametrize("case", ALL, ids=lambda case: case.name)
 
 

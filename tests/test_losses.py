@@ -14,8 +14,8 @@ import pytest
 
 from jgrpo.losses import ESTIMATORS, LOSSES, k1, k3
 
-grpo, dr_grpo, gspo, rloo, cispo = (
-    LOSSES[name] for name in ("grpo", "dr_grpo", "gspo", "rloo", "cispo")
+grpo, dr_grpo, gspo, rloo, cispo, sapo, dppo = (
+    LOSSES[name] for name in ("grpo", "dr_grpo", "gspo", "rloo", "cispo", "sapo", "dppo")
 )
 MASK = jnp.array([[1.0, 1, 1], [0, 1, 0]])
 ADVANTAGES = jnp.array([2.0, -3.0])
@@ -113,6 +113,49 @@ def test_a_completion_without_tokens_adds_nothing(token_level):
     assert not gradient[1].any()
 
 
+@pytest.mark.parametrize("log_ratio", [20.0, 89.0, 400.0, 1e30, math.inf])
+def test_a_ratio_that_overflows_is_clipped_like_any_other(log_ratio):
+    for loss in (grpo, gspo, rloo):
+        got = one_completion(loss, [log_ratio], 2.0, clip_eps=0.2, clip_eps_high=0.5)
+        assert got == pytest.approx((-3.0, 0.0))  # -(1 + 0.5) x 2
+        assert one_completion(loss, [log_ratio], 0.0, clip_eps=0.2) == (0.0, 0.0)
+        assert one_completion(loss, [log_ratio], 0.0) == (0.0, 0.0)
+        got = one_completion(loss, [log_ratio], -2.0, clip_eps=0.2, clip_delta=3.0)
+        assert got == pytest.approx((6.0, 0.0))
+    sums = one_completion(rloo, [50.0, 45.0], 2.0, clip_eps=0.2)
+    assert sums == pytest.approx((-2.4, 0.0, 0.0))
+    assert one_completion(sapo, [log_ratio], 2.0) == pytest.approx((-8.0, 0.0))  # the gate: 4 / tau
+    assert one_completion(dppo, [log_ratio], 2.0)[1] == 0.0 or log_ratio == 20.0
+
+
+@pytest.mark.parametrize("width", [1e-12, 1e-9, 1e-8, 6e-8])
+@pytest.mark.parametrize("advantage", [2.0, -2.0])
+def test_a_clip_narrower_than_float32_keeps_the_gradient_on_policy(width, advantage):
+    assert one_token(0.0, advantage, clip_eps=width) == (-advantage, -advantage)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "gradient"),
+    [
+        (2.9, -1.0, 2.9, 2.9),  # below delta it is pulled back as before
+        (3.1, -1.0, 3.0, 0.0),
+        (0.5, -1.0, 0.8, 0.0),  # the lower bound stays
+        (3.1, 1.0, -1.2, 0.0),  # and the upper one where A > 0
+        (0.5, 1.0, -0.5, -0.5),
+    ],
+)
+def test_the_second_clip_bounds_what_is_worse_and_has_become_likelier(
+    ratio, advantage, loss, gradient
+):
+    got = one_token(math.log(ratio), advantage, clip_eps=0.2, clip_delta=3.0)
+    assert got == pytest.approx((loss, gradient), rel=1e-5, abs=1e-6)
+
+
+def test_a_token_level_loss_of_no_tokens_is_zero():
+    numerator, denominator, _ = grpo(ZEROS, ZEROS, ADVANTAGES, 0 * MASK, token_level=True)
+    assert (numerator, denominator) == (0.0, 1.0)
+
+
 # -- by hand: the other losses --------------------------------------------------------------------
 
 
@@ -163,6 +206,35 @@ def test_cispo_caps_the_weight_of_a_token_but_keeps_its_gradient():
     assert gradient == pytest.approx([3.0, 7.5])  # whatever the advantage's sign
 
 
+def test_sapo_on_policy_is_grpo_and_its_gate_fades():
+    # -(4 / tau) sigmoid(tau (r - 1)) A; its gradient by the logprob is -4 s (1 - s) r A.
+    assert one_completion(sapo, [0.0], 3.0) == pytest.approx((-6.0, -3.0))
+    s = 1 / (1 + math.exp(-1.05))  # at ratio 2, tau 1.05 where A < 0
+    got = one_completion(sapo, [LN2], -3.0)
+    assert got == pytest.approx((12 / 1.05 * s, 24 * s * (1 - s)), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("p", "p_old", "advantage", "kept"),
+    [
+        (0.9, 0.6, 1.0, False),  # has moved by 0.3 the way that A pushes
+        (0.9, 0.6, -1.0, True),  # and is pulled back
+        (0.3, 0.6, -1.0, False),
+        (0.3, 0.6, 1.0, True),
+        (0.01, 0.0001, 1.0, True),  # 100 times likelier, but next to nothing has moved
+        (0.7, 0.6, 1.0, True),
+    ],
+)
+def test_dppo_leaves_out_what_has_moved_too_far_in_probability(p, p_old, advantage, kept):
+    def loss(x):
+        old = jnp.log(jnp.array([[p_old]]))
+        return dppo(x, old, jnp.array([advantage]), jnp.ones((1, 1)), max_difference=0.2)[0]
+
+    value, gradient = jax.value_and_grad(loss)(jnp.log(jnp.array([[p]])))
+    expected = -advantage * p / p_old if kept else 0.0
+    assert (float(value), float(gradient[0, 0])) == pytest.approx((expected, expected), rel=1e-5)
+
+
 # -- by hand: what every loss may have besides ----------------------------------------------------
 
 
@@ -196,6 +268,26 @@ def test_importance_weights_by_hand():
     with_kl = one_completion(grpo, [0.0, 0.0], 3.0, **options)
     expected = (-5.25 + 0.5 * (1 - LN2), -2.25 - 0.5 / 2, -3.0 - 0.5 / 2)
     assert with_kl == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("mode", "weights"),
+    [
+        ("token_truncate", (0.5, 2.0)),  # of 0.5 and 3
+        ("token_mask", (0.5, 0.0)),
+        ("sequence_truncate", (1.5, 1.5)),  # 0.5 x 3
+        ("sequence_mask", (1.5, 1.5)),
+    ],
+)
+def test_importance_weights_a_token_or_a_sequence_truncated_or_masked(mode, weights):
+    sampler = -jnp.log(jnp.array([[0.5, 3.0]]))
+    options = {"importance_mode": mode, "sampler_logprobs": sampler}
+    _, *gradient = one_completion(grpo, [0.0, 0.0], 2.0, importance_cap=2.0, **options)
+    assert gradient == pytest.approx([-w for w in weights], rel=1e-5)
+    beyond = {"sequence_truncate": 1.2, "sequence_mask": 0.0}
+    if mode in beyond:
+        _, *gradient = one_completion(grpo, [0.0, 0.0], 2.0, importance_cap=1.2, **options)
+        assert gradient == pytest.approx([-beyond[mode]] * 2, rel=1e-5)
 
 
 def test_an_importance_weight_is_a_constant():
@@ -336,3 +428,28 @@ def test_k3_is_never_negative_and_varies_less_than_k1():
     d = jnp.log((0.9 * q + 0.1 * p) / q)
     variance = [float((q * k(d) ** 2).sum() - (q * k(d)).sum() ** 2) for k in (k1, k3)]
     assert variance[1] < variance[0] / 10
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k3"])
+def test_weighed_by_the_ratio_the_kl_to_the_base_is_exact_off_policy(estimator):
+    """Samples of a third policy: value and gradient are those of KL(new || base)."""
+    with jax.enable_x64(True):
+        sampled, base = jax.nn.log_softmax(np.array([1.0, 0.1, -0.7, 0.4, 0.2])), OTHER
+
+        def term(new, old, ref):
+            options = {"beta": 1.0, "kl_estimator": estimator, "kl_weighted": True}
+            one = jnp.ones((1, 1))
+            return grpo(new * one, old * one, jnp.zeros(1), one, ref_logprobs=ref * one, **options)[
+                0
+            ]
+
+        def mean(theta):
+            new, ref = jax.nn.log_softmax(theta), jax.nn.log_softmax(base)
+            return (jnp.exp(sampled) * jax.vmap(term)(new, sampled, ref)).sum()
+
+        def exact(theta):
+            return kl(jax.nn.log_softmax(theta), jax.nn.log_softmax(base))
+
+        (value, gradient), (said, pull) = (jax.value_and_grad(f)(THETA) for f in (mean, exact))
+        assert float(value) == pytest.approx(float(said), rel=1e-12)
+        np.testing.assert_allclose(gradient, pull, rtol=1e-10)

@@ -116,7 +116,7 @@ def completion_mask(rows: Rows) -> np.ndarray:
     """float32 [N, longest completion]: 1 where a completion that is trained on has a token."""
     lengths = np.array([len(c) for c in rows.completions])
     trained = np.ones(len(lengths), bool) if rows.trained is None else rows.trained
-    there = np.arange(lengths.max()) < lengths[:, None]
+    there = np.arange(lengths.max(initial=0)) < lengths[:, None]
     return (there & trained[:, None]).astype(np.float32)
 
 

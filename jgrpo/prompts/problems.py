@@ -8,7 +8,7 @@ is counted in the report, by reason, with examples.
 import functools
 import re
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +33,14 @@ LeftOut = dict[str, list[Row]]
 @dataclass(frozen=True)
 class Problem:
     """One prompt with its answer. `prompt_ids` is what the model reads; `prompt` the same as text;
-    `index` is the row's place in its split."""
+    `index` is the row's place in its split, `columns` what the row holds, by name."""
 
     prompt_ids: tuple[int, ...]
     prompt: str
     problem: str
     gold: str
     index: int
+    columns: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
 
 def step_indices(n_problems: int, n_prompts_per_step: int, seed: int, step: int) -> list[int]:
@@ -268,7 +269,7 @@ def _make_problems(
             reason = f"{purpose}: prompt longer than max_prompt_tokens={max_prompt_tokens}"
             left_out.setdefault(reason, []).append(row)
         else:
-            problems.append(Problem(ids, prompt, problem, gold, row.index))
+            problems.append(Problem(ids, prompt, problem, gold, row.index, row.fields))
     return problems
 
 

@@ -1,7 +1,9 @@
-"""Prompts -> sampled and graded groups: what a step learns from.
+"""Prompts -> sampled, graded and scored groups: what a step learns from.
 
-With dynamic sampling (DAPO, Yu et al. 2025, section 3.2) groups that are all right or all wrong,
-and so have nothing to teach, are replaced by others, in a bounded number of rounds.
+With dynamic sampling (DAPO, Yu et al. 2025, section 3.2) groups whose rewards are all alike, and so
+have nothing to teach, are replaced by others, in a bounded number of rounds. It is the whole reward
+that counts, with every part that the config asks for: where a length penalty or a function of the
+user's tells completions apart, a group that is all right teaches too.
 """
 
 from jgrpo.answers.grader import Grader
@@ -10,14 +12,24 @@ from jgrpo.prompts.problems import replacement_indices, step_indices
 from jgrpo.rollout.protocol import Sampler, prompt_seeds
 from jgrpo.run.groups import Group, Rollout, figures
 from jgrpo.run.runlog import RunLog
+from jgrpo.run.scoring import Scorers
 from jgrpo.run.session import Problems
 
 
 class Collector:
-    """Samples and grades the groups of a step; a function of (config, step) and the policy."""
+    """Samples, grades and scores the groups of a step; a function of (config, step) and the
+    policy."""
 
-    def __init__(self, config: Config, problems: Problems, sampler: Sampler, grader: Grader):
+    def __init__(
+        self,
+        config: Config,
+        problems: Problems,
+        sampler: Sampler,
+        grader: Grader,
+        scorers: Scorers | None = None,
+    ):
         self.config, self.problems, self.sampler, self.grader = config, problems, sampler, grader
+        self.scorers = scorers or Scorers()
 
     def collect(self, step: int, log: RunLog) -> Rollout:
         """The groups of step `step`: n_prompts_per_step of them, mixed ones first."""
@@ -54,7 +66,11 @@ class Collector:
         with log.phase("reward"):
             texts = [[self.problems.text(completion) for completion in g] for g in sampled]
             grades = self.grader.grade(texts, [p.gold for p in asked])
+            rewards = self.scorers.rewards(c, asked, sampled, texts, grades.correct)
         counts["reward/errors"] += grades.errors
         counts["reward/timeouts"] += grades.timeouts
-        parts = zip(asked, sampled, texts, grades.correct, grades.boxed, strict=True)
-        return [Group(*part) for part in parts]
+        groups = zip(asked, sampled, texts, grades.correct, grades.boxed, strict=True)
+        return [
+            Group(*group, {name: part[p] for name, part in rewards.parts.items()}, rewards.total[p])
+            for p, group in enumerate(groups)
+        ]

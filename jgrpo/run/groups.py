@@ -12,14 +12,16 @@ from jgrpo.rollout.protocol import Completion
 
 @dataclass(frozen=True)
 class Rewards:
-    """float32 [P, G] each: the parts by name, and what they add up to."""
+    """float32 [P, G] each: the parts by name, and what they add up to. A part is NaN where a
+    function of the user's left a completion out."""
 
     parts: dict[str, np.ndarray]
     total: np.ndarray
 
     @property
     def metrics(self) -> dict[str, float]:
-        parts = {f"reward/{name}": float(part.mean()) for name, part in self.parts.items()}
+        there = {n: part[~np.isnan(part)] for n, part in self.parts.items()}
+        parts = {f"reward/{n}": float(part.mean()) for n, part in there.items() if len(part)}
         return {"train/reward_mean": float(self.total.mean()), **parts}
 
 
@@ -35,9 +37,15 @@ class Group:
     boxed: np.ndarray
     """bool [G]"""
 
+    parts: dict[str, np.ndarray]
+    """float32 [G] each: the parts of the reward"""
+    reward: np.ndarray
+    """float32 [G]: their sum"""
+
     @property
     def mixed(self) -> bool:
-        return bool(self.correct.min() != self.correct.max())
+        """Do the rewards differ, so that there is something to learn?"""
+        return bool(self.reward.min() != self.reward.max())
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,13 @@ class Rollout:
     def correct(self) -> np.ndarray:
         """float32 [P, G]"""
         return np.stack([g.correct for g in self.groups])
+
+    @property
+    def rewards(self) -> Rewards:
+        parts = {
+            name: np.stack([g.parts[name] for g in self.groups]) for name in self.groups[0].parts
+        }
+        return Rewards(parts, np.stack([g.reward for g in self.groups]))
 
     @property
     def n_tokens(self) -> np.ndarray:
@@ -73,7 +88,7 @@ class Rollout:
             ~self.truncated.reshape(-1) if mask_truncated else None,
         )
 
-    def lines(self, rewards: Rewards, advantages: np.ndarray) -> Iterator[dict]:
+    def lines(self, advantages: np.ndarray) -> Iterator[dict]:
         """One line a completion for the rollouts file; other programs rely on the fields."""
         for p, group in enumerate(self.groups):
             for g, completion in enumerate(group.completions):
@@ -85,8 +100,11 @@ class Rollout:
                     "token_ids": completion.token_ids,
                     "sampler_logprobs": completion.logprobs,
                     "gold": group.problem.gold,
-                    "reward": rewards.total[p, g],
-                    "reward_parts": {name: part[p, g] for name, part in rewards.parts.items()},
+                    "reward": group.reward[g],
+                    "reward_parts": {
+                        name: None if np.isnan(part[g]) else part[g]
+                        for name, part in group.parts.items()
+                    },
                     "advantage": advantages[p, g],
                     "finish_reason": completion.finish_reason,
                 }

@@ -91,7 +91,7 @@ def open_session(config: Config, stack: ExitStack) -> Session:
     """Everything but the sampler; what is cheap to find wrong first. InputError says what is."""
     problems = open_problems(config)
     grader = open_grader(config, stack)
-    scorers = open_scorers(config)
+    scorers = open_scorers(config, columns_of(problems.train))
     return Session(config, problems, open_policy(config), grader, scorers)
 
 
@@ -132,6 +132,11 @@ def open_problems(config: Config) -> Problems:
     )
     stops = stop_token_ids(tokenizer, folder)
     return Problems(tokenizer, stops, train, evaluation, report)
+
+
+def columns_of(problems: Sequence[Problem]) -> list[str]:
+    """The names of the columns that reward functions may ask for."""
+    return list(dict.fromkeys(name for problem in problems for name in problem.columns))
 
 
 def fingerprints(config: Config, problems: Problems) -> dict[str, str]:

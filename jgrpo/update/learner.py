@@ -26,17 +26,24 @@ def loss_of(config: Config) -> Loss:
     c = config
     options: dict[str, Any] = {}
     if c.use_clip:
-        options |= {"clip_eps": c.clip_eps, "clip_eps_high": c.clip_eps_high}
+        options |= {"clip_eps": c.clip_eps, "clip_eps_high": c.clip_eps_high,
+                    "clip_delta": c.clip_delta}  # fmt: skip
     if c.use_token_level_loss and c.loss_type != "cispo":  # CISPO is so by itself
         options["token_level"] = True
     if c.loss_type == "dr_grpo":
         options["max_tokens"] = c.max_tokens
     if c.loss_type == "cispo":
         options["max_ratio"] = c.cispo_max_ratio
+    if c.loss_type == "sapo":
+        options |= {"tau_positive": c.sapo_tau_positive, "tau_negative": c.sapo_tau_negative}
+    if c.loss_type == "dppo":
+        options["max_difference"] = c.dppo_max_difference
     if c.use_kl_penalty:
         options |= {"beta": c.beta, "kl_estimator": c.kl_estimator}
+        options |= {"kl_weighted": True} if c.use_weighted_kl else {}
     if c.use_importance_weights:
         options["importance_cap"] = c.importance_weight_cap
+        options["importance_mode"] = c.importance_weight_mode
     if c.entropy_coef:
         options["entropy_coef"] = c.entropy_coef
     return partial(LOSSES[c.loss_type], **options)
@@ -123,11 +130,17 @@ class Learner:
 
     def parts(self, rows: Rows) -> list[Part]:
         """A rollout cut into the completions of each update of an epoch, whole groups together;
-        what can have no gradient is left out of the batches, but not of the denominators."""
+        what can have no gradient is left out of the batches, but not of the denominators.
+
+        Groups are dealt out in turn: dynamic sampling puts those with a signal first, and a part of
+        others alone would have nothing to learn."""
         c, mask = self.config, completion_mask(rows)
-        pull = mask[:, 0] * (1.0 if pulls_without_advantage(c) else rows.advantages)
+        there = mask.any(axis=1)
+        pull = there * (1.0 if pulls_without_advantage(c) else rows.advantages)
+        groups = np.arange(len(mask)).reshape(-1, c.group_size)
         parts = []
-        for index in np.split(np.arange(len(mask)), c.updates_per_epoch):
+        for first in range(c.updates_per_epoch):
+            index = groups[first :: c.updates_per_epoch].reshape(-1)
             batches = micro_batches(
                 rows,
                 index[with_signal(pull[index])],

@@ -62,7 +62,22 @@ def learning_rate(kind: str, lr: float, n_updates: int, warmup_steps: int = 0) -
 
 def adam(lr: Schedule | float) -> optax.GradientTransformation:
     """Adam without weight decay, the global gradient norm clipped at 1 (the study's optimizer)."""
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(lr, b1=0.9, b2=0.999, eps=1e-8))
+    clip = optax.clip_by_global_norm(1.0)
+    shrunk = lambda g: jax.tree.map(lambda x: x * shrinking(g), g)  # noqa: E731
+    small_enough = optax.stateless(lambda g, _: clip.update(shrunk(g), optax.EmptyState())[0])
+    return optax.chain(small_enough, optax.adam(lr, b1=0.9, b2=0.999, eps=1e-8))
+
+
+def shrinking(gradient: Tree) -> jax.Array:
+    """A power of two, so that it changes no bit else: what `gradient` times it may be squared and
+    summed, which overflows above 1.8e19. 1 below 2^30, and the norm stays above 1 beyond."""
+    largest = jnp.max(jnp.array([jnp.abs(g).max() for g in jax.tree.leaves(gradient)]))
+    return jnp.where(largest > 2.0**79, 2.0**-78, jnp.where(largest > 2.0**30, 2.0**-29, 1.0))
+
+
+def global_norm(gradient: Tree) -> jax.Array:
+    scale = shrinking(gradient)
+    return optax.tree.norm(jax.tree.map(lambda g: g * scale, gradient)) / scale
 
 
 class Update:
@@ -110,7 +125,8 @@ class Update:
         ref_logprobs: Arrays | None = None,
     ) -> tuple[Tree, Tree, dict[str, jax.Array], Arrays]:
         """One optimizer update -> adapter, opt_state, metrics (on the device), logprobs. Where the
-        loss or its gradient is not finite nothing is changed, and train/skipped_updates is 1.
+        loss or its gradient is not finite nothing is changed, and train/skipped_updates is 1. Where
+        the gradient is zero nothing is changed either: momentum alone is no step.
 
         `denominator` is the loss's for all completions of the rollout, also those left out of
         `batches` because their advantage is zero. The logprobs are what a second update on the
@@ -232,8 +248,9 @@ class Update:
         new, old = (optax.apply_updates(adapter, updates), stepped), (adapter, opt_state)
         s, tokens = total.metrics, total.metrics["tokens"]
         per_token = {name: x / jnp.maximum(tokens, 1) for name, x in s.items()}
-        loss, norm = s["loss"] / denominator, optax.tree.norm(gradient)
+        loss, norm = s["loss"] / denominator, global_norm(gradient)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        made = finite & (norm > 0)
         metrics = {
             "train/loss": loss,
             "train/entropy": per_token["entropy"],
@@ -245,7 +262,7 @@ class Update:
             "tokens/trained": tokens,
         }
         metrics |= {f"train/{name}": x for name, x in per_token.items() if name not in OUR_SUMS}
-        return *jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old), metrics
+        return *jax.tree.map(lambda n, o: jnp.where(made, n, o), new, old), metrics
 
 
 def _words(stack: MicroBatch) -> str:

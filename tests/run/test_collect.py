@@ -11,8 +11,10 @@ import pytest
 from jgrpo.answers.grader import Grades
 from jgrpo.config import Config
 from jgrpo.prompts.problems import Problem, step_indices
+from jgrpo.rewards import load_functions
 from jgrpo.rollout.protocol import Completion, prompt_seeds
 from jgrpo.run.collect import Collector, Rollout
+from jgrpo.run.scoring import Scorers
 from jgrpo.run.session import Problems
 
 P, G = 4, 3
@@ -57,7 +59,8 @@ class World:
         config = Config(n_prompts_per_step=P, group_size=G, temperature=0.7, **options)
         log: Any = SimpleNamespace(phase=lambda *_: nullcontext())
         sampler: Any = self
-        return Collector(config, self.problems, sampler, sampler).collect(step, log)
+        scorers = Scorers(None, load_functions(config.reward_function))
+        return Collector(config, self.problems, sampler, sampler, scorers).collect(step, log)
 
 
 def taken(rollout: Rollout) -> list[int]:
@@ -170,3 +173,27 @@ def test_figures_count_every_sampled_completion_also_those_that_are_not_kept():
         "train/sampling_rounds": 2,
     })  # fmt: skip
     np.testing.assert_array_equal(rollout.correct.sum(axis=1), [1] * P)  # those of the kept alone
+
+
+def test_groups_whose_other_rewards_differ_are_kept():
+    """All right or all wrong, but completions have 1, 2 and 3 tokens: a length penalty from 0 to 4
+    tells them apart, one that starts beyond them does not."""
+    first = step_indices(30, P, 42, 1)
+    tells = {"use_length_penalty": True, "expected_maximum_length": 4, "overlong_cache": 4}
+    rollout = (world := World(30, mixed=set())).collect(use_dynamic_sampling=True, **tells)
+    assert world.asked == [first] == [taken(rollout)]
+    np.testing.assert_allclose(rollout.rewards.parts["length_penalty"], [[-0.25, -0.5, -0.75]] * P)
+    rollout = (world := World(30, mixed=set())).collect(
+        use_dynamic_sampling=True, max_sampling_rounds=2, use_length_penalty=True,
+        expected_maximum_length=9, overlong_cache=1,
+    )  # fmt: skip
+    assert len(world.asked) == 2
+
+
+def test_a_custom_reward_that_is_the_same_for_all_makes_a_mixed_group_alike(tmp_path):
+    """The reward is what counts: right and wrong with the same reward have nothing to teach."""
+    (tmp_path / "same.py").write_text("def f(completions):\n    return [1.0] * len(completions)\n")
+    world = World(30, mixed=set(range(30)))
+    world.collect(use_dynamic_sampling=True, max_sampling_rounds=3,
+                  reward_function=f"{tmp_path}/same.py:f")  # fmt: skip
+    assert [len(asked) for asked in world.asked] == [4, 4, 4]

@@ -1,0 +1,12 @@
+"""rank1.py with SAPO, a soft gate in place of a clip; four updates a rollout."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from jgrpo.config import load_config
+
+config = replace(
+    load_config(Path(__file__).with_name("rank1.py")),
+    loss_type="sapo",
+    updates_per_epoch=4,
+)
