@@ -38,7 +38,8 @@ class Command:
     """What every command is asked for."""
 
     config: Path | None = None
-    """Config file (Python that defines `config`): its values become the defaults below."""
+    """A config that comes with jgrpo, by name (tiny); a file of Python that defines `config`; or a
+    run's config.json. Its values become the defaults below."""
     options: Config = field(default_factory=Config)
 
 
