@@ -289,7 +289,10 @@ def config_of_run(file: Path) -> Config:
         ) from error
     known = {f.name for f in dataclasses.fields(Config)}
     if not isinstance(saved, dict) or (odd := sorted(set(saved) ^ known)):
-        raise InputError(f"{file} is of another version: it differs in {odd}")
+        raise InputError(
+            f"{file} is of another version: it differs in {odd}; a config of "
+            "your own is Python that defines `config = jgrpo.config.Config(...)`"
+        )
     try:
         return Config(**saved)
     except InputError as error:

@@ -233,3 +233,55 @@ def test_what_cannot_be_used_is_one_message_and_exit_status_2(module, args, says
         assert part in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("args", "field", "value"),
+    [
+        (["--use_clip=True"], "use_clip", True),
+        (["--use_clip", "true"], "use_clip", True),
+        (["--use-clip", "TRUE"], "use_clip", True),
+        (["--use-clip=true"], "use_clip", True),
+        (["--use_clip"], "use_clip", True),
+        (["--use_std_norm=False"], "use_std_norm", False),
+        (["--use_std_norm", "false"], "use_std_norm", False),
+        (["--no_std_norm"], "use_std_norm", False),
+    ],
+)
+def test_a_switch_is_set_in_every_usual_way(args, field, value):
+    assert getattr(options(*args, "--lr", "0.5"), field) is value
+    assert options(*args, "--lr", "0.5").lr == 0.5
+
+
+def test_a_switch_of_the_command_takes_a_value_too():
+    assert parse(Train, ["--dry_run=true"]).dry_run
+    assert not parse(Train, ["--dry_run", "False"]).dry_run
+
+
+def test_a_switch_says_how_it_is_set():
+    with pytest.raises(InputError, match=r"--use_clip=maybe.*--use_clip or --no_use_clip"):
+        options("--use_clip=maybe")
+
+
+def test_a_runs_config_is_a_config_file(tmp_path):
+    saved = Config(lr=1e-3, use_clip=True, lora_target_modules=("q_proj",))
+    write_config(tmp_path, saved, {})
+    assert options("--config", f"{tmp_path}/config.json", "--lora_r", "4") == dataclasses.replace(
+        saved, lora_r=4
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "JSONDecodeError.*is Python"),
+        ("[1]", "is Python"),
+        ('{"lr": 1}', "'config'.*is Python"),
+        ('{"config": 3}', "is Python"),
+        ('{"config": {"rank": 3}}', "another version.*Python"),
+    ],
+)
+def test_json_that_is_no_runs_config_is_told(tmp_path, text, said):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(InputError, match=said):
+        options("--config", f"{tmp_path}/config.json")
