@@ -159,6 +159,12 @@ class Config:
     dataset_path: str = "qwedsacf/competition_math"
     """Hub id (`id:config` for one with configurations), .jsonl/.json/.parquet file, or folder; rows
     with problem+solution or question+answer."""
+    problem_column: str = ""
+    """Column of the problem: text, or a list of messages. Empty: problem, question, prompt or
+    messages, whichever a row has."""
+    answer_column: str = ""
+    """Column of the answer; `a.b` is the field b of the column a. Empty: answer, the
+    reward_model.ground_truth of verl, ground_truth, or a solution with a \\boxed{}."""
     dataset_split: str = ""
     """Training rows, as `train[:7500]`. Empty: all but the evaluation rows."""
     eval_dataset_path: str = ""
@@ -167,7 +173,9 @@ class Config:
     """Evaluation rows. Empty: a test split if there is one, else the last fifth of the rows (for
     competition_math the study's split: train[:7500] and train[-5000:])."""
     prompt_template: str = "boxed.prompt"
-    """File with {problem} in it."""
+    """File with {problem} in it; rows that are conversations are read without it."""
+    system_prompt: str = ""
+    """Text of a system turn before each problem, but for rows that bring one. Empty: none."""
     enable_thinking: bool = False
     """Passed to the chat template (Qwen3: let the model think between <think> tags)."""
     max_prompt_tokens: int = 1024
@@ -281,18 +289,16 @@ def config_file(name: str | Path) -> Path:
 
 def config_of_run(file: Path) -> Config:
     """The options in a run's config.json. InputError if it is not one of this version's."""
+    own = "a config of your own is Python that defines `config = jgrpo.config.Config(...)`"
     try:
         saved = json.loads(file.read_text("utf-8"))["config"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        odd = sorted(saved.keys() ^ {f.name for f in dataclasses.fields(Config)})
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(
-            f'{file}: not the config.json of a run (no "config"): {error!r}'
+            f'{file}: not the config.json of a run (no "config"): {error!r}; {own}'
         ) from error
-    known = {f.name for f in dataclasses.fields(Config)}
-    if not isinstance(saved, dict) or (odd := sorted(set(saved) ^ known)):
-        raise InputError(
-            f"{file} is of another version: it differs in {odd}; a config of "
-            "your own is Python that defines `config = jgrpo.config.Config(...)`"
-        )
+    if odd:  # a field that is missing may have had another default
+        raise InputError(f"{file} is of another version: it differs in {odd}; {own}")
     try:
         return Config(**saved)
     except InputError as error:

@@ -253,16 +253,6 @@ def test_a_switch_is_set_in_every_usual_way(args, field, value):
     assert options(*args, "--lr", "0.5").lr == 0.5
 
 
-def test_a_switch_of_the_command_takes_a_value_too():
-    assert parse(Train, ["--dry_run=true"]).dry_run
-    assert not parse(Train, ["--dry_run", "False"]).dry_run
-
-
-def test_a_switch_says_how_it_is_set():
-    with pytest.raises(InputError, match=r"--use_clip=maybe.*--use_clip or --no_use_clip"):
-        options("--use_clip=maybe")
-
-
 def test_a_runs_config_is_a_config_file(tmp_path):
     saved = Config(lr=1e-3, use_clip=True, lora_target_modules=("q_proj",))
     write_config(tmp_path, saved, {})

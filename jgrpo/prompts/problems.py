@@ -1,8 +1,7 @@
 """Rows -> prompts: what the model reads, the answer it is checked against, and in which order.
 
-A row is `problem` + `solution` (the gold answer is the solution's last \\boxed{}) or `question` +
-`answer` (the gold answer follows `#### `). Nothing leaves quietly: each row that cannot be used
-is counted in the report, by reason, with examples.
+columns.py says which columns of a row hold the problem and its answer. Nothing leaves quietly: each
+row that cannot be used is counted in the report, by reason, with examples.
 """
 
 import functools
@@ -15,17 +14,14 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from jgrpo.answers.equal import last_boxed
 from jgrpo.errors import InputError
+from jgrpo.prompts.columns import Read, has_columns, read_columns
 from jgrpo.prompts.rows import Row, load_rows
 from jgrpo.prompts.tokenizer import render
 
 SLOT = "{problem}"
-SCHEMAS = ({"problem", "solution"}, {"question", "answer"})
-THOUSANDS = re.compile(r"[-+]?\$?\d{1,3}(,\d{3})+(\.\d+)?")
 
-Read = tuple[Row, str, str]
-"""A row, its problem and its gold answer."""
+RowRead = tuple[Row, Read]
 LeftOut = dict[str, list[Row]]
 """Reason -> the rows left out for it."""
 
@@ -71,41 +67,8 @@ def replacement_indices(
 
 
 def read_row(fields: Mapping[str, Any]) -> tuple[str, str]:
-    """The problem's text and its gold answer.
-
-    In `answer`: what follows the last `####` (thousands commas are dropped), else the last
-    \\boxed{}, else the whole if it is one line. Raises ValueError with the reason if there is none.
-    """
-    if SCHEMAS[0] <= fields.keys():
-        problem, gold = _text(fields["problem"]), last_boxed(_text(fields["solution"])) or ""
-        reason = "no \\boxed{} with something in it in the solution"
-    elif SCHEMAS[1] <= fields.keys():
-        problem, gold = _text(fields["question"]), _answer(_text(fields["answer"]))
-        reason = "no answer after ####, in \\boxed{}, or as the only line"
-    else:
-        raise ValueError("neither problem and solution, nor question and answer")
-    if not problem.strip():
-        raise ValueError("the problem is empty or not text")
-    if not gold.strip():
-        raise ValueError(reason)
-    if any("\ud800" <= char <= "\udfff" for char in problem + gold):
-        raise ValueError("half a surrogate pair, which is no text, in the problem or its answer")
-    return problem.strip(), gold.strip()
-
-
-def _text(value: Any) -> str:
-    """Text of a field; numbers are read too, since `"answer": 18` is common. Else empty."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and value == value
-    return value if isinstance(value, str) else str(value) if is_number else ""
-
-
-def _answer(answer: str) -> str:
-    _, mark, final = answer.rpartition("####")
-    final = final.strip()
-    if mark:
-        return final.replace(",", "") if THOUSANDS.fullmatch(final) else final
-    boxed = last_boxed(answer)
-    return boxed if boxed is not None else "" if "\n" in final else final
+    """The problem's text and its gold answer. ValueError with the reason if there is none."""
+    return read_columns(fields)[:2]
 
 
 def load_template(name: str) -> str:
@@ -122,7 +85,7 @@ def load_template(name: str) -> str:
         tried = ", ".join(str(place) for place in places)
         raise InputError(f"prompt_template={name}: no such file (tried {tried})")
     try:
-        template = file.read_text("utf-8").strip()
+        template = file.read_text("utf-8-sig").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"prompt_template={file}: {error}; it must be text in UTF-8") from error
     if SLOT not in template:
@@ -141,6 +104,9 @@ def load_problems(
     enable_thinking: bool,
     max_prompt_tokens: int,
     n_eval_prompts: int,
+    problem_column: str = "",
+    answer_column: str = "",
+    system_prompt: str = "",
 ) -> tuple[list[Problem], list[Problem], list[str]]:
     """Training problems, evaluation problems, and the report: lines for the user to read.
 
@@ -156,9 +122,13 @@ def load_problems(
         eval_split=eval_split,
     )
     left_out: LeftOut = {}
-    evaluation = _read_rows(eval_rows, "evaluation", left_out)
-    training = _read_rows(train_rows, "training", left_out)
-    training = _without_repeats(training, {_key(problem) for _, problem, _ in evaluation}, left_out)
+    named = problem_column, answer_column
+    evaluation = _read_rows(eval_rows, "evaluation", left_out, *named)
+    evaluation = _without_repeats(evaluation, set(), left_out, "evaluation")
+    training = _read_rows(train_rows, "training", left_out, *named)
+    training, evaluation = _apart(training, evaluation, fixed=bool(eval_split or eval_dataset_path))
+    held_out = {_key(read.problem) for _, read in evaluation}
+    training = _without_repeats(training, held_out, left_out, "training")
     make = functools.partial(
         _make_problems,
         tokenizer,
@@ -166,6 +136,7 @@ def load_problems(
         template=template,
         enable_thinking=enable_thinking,
         max_prompt_tokens=max_prompt_tokens,
+        system_prompt=system_prompt,
     )
     train, candidates = make(training, "training"), make(evaluation, "evaluation")
     n_eval = min(n_eval_prompts, len(candidates))
@@ -174,6 +145,14 @@ def load_problems(
     for name, problems in (("training", train), ("evaluation", eval_)):
         if not problems:
             raise InputError(f"no {name} problem is left:\n  " + "\n  ".join(report))
+    if sentences := [p.gold for p in train if _is_sentence(p.gold)]:
+        report.append(
+            f"{len(sentences)} of {len(train)} gold answers are sentences ({sentences[0]!r:.60}), "
+            "which hardly any completion matches: look at the answer column, and name the one that "
+            "holds the bare answer with --answer_column"
+        )
+    if any(read.messages for _, read in training):
+        report.append("rows that are conversations are read as they are, without prompt_template")
     report += _describe_prompts(tokenizer, template, enable_thinking)
     n_ids = [len(p.prompt_ids) for p in train]
     report.append(f"{len(train)} training problems, prompts of {min(n_ids)} to {max(n_ids)} tokens")
@@ -216,61 +195,93 @@ def _key(problem: str) -> str:
     return " ".join(problem.split())
 
 
-def _read_rows(rows: Sequence[Row], purpose: str, left_out: LeftOut) -> list[Read]:
-    if rows and not any(keys <= row.fields.keys() for row in rows for keys in SCHEMAS):
+def _read_rows(
+    rows: Sequence[Row], purpose: str, left_out: LeftOut, problem_column: str, answer_column: str
+) -> list[RowRead]:
+    if rows and not any(has_columns(row.fields, problem_column, answer_column) for row in rows):
         raise InputError(
-            f"{purpose} rows have the columns {', '.join(map(repr, rows[0].fields))}; "
-            "they need 'problem' and 'solution' (answer in the solution's last \\boxed{}), "
-            "or 'question' and 'answer' (answer after ####)"
+            f"{purpose} rows have the columns {', '.join(map(repr, rows[0].fields))}; they need "
+            "'problem' and 'solution' (answer in the solution's last \\boxed{}), 'question' and "
+            "'answer' (answer after ####), 'prompt' and 'answer' or reward_model.ground_truth, or "
+            "'messages'; else name yours with --problem_column and --answer_column"
         )
-    read: list[Read] = []
+    read: list[RowRead] = []
     for row in rows:
         try:
-            read.append((row, *read_row(row.fields)))
+            read.append((row, read_columns(row.fields, problem_column, answer_column)))
         except ValueError as reason:
             left_out.setdefault(f"{purpose}: {reason}", []).append(row)
     return read
 
 
-def _without_repeats(training: list[Read], held_out: set[str], left_out: LeftOut) -> list[Read]:
-    kept: list[Read] = []
+def _apart(
+    training: list[RowRead], evaluation: list[RowRead], *, fixed: bool
+) -> tuple[list[RowRead], list[RowRead]]:
+    """A hold-out of our own choice is of problems, not rows: where rows repeat so that it would
+    leave nothing to train on, the last fifth of the problems is held out instead."""
+    held_out = {_key(read.problem) for _, read in evaluation}
+    if fixed or any(_key(read.problem) not in held_out for _, read in training):
+        return training, evaluation
+    first: dict[str, RowRead] = {}
+    for row, read in (*training, *evaluation):
+        first.setdefault(_key(read.problem), (row, read))
+    if len(first) < 2:
+        return training, evaluation
+    problems = sorted(first.values(), key=lambda pair: (pair[0].split, pair[0].index))
+    n_held_out = max(1, len(problems) // 5)
+    return problems[:-n_held_out], problems[-n_held_out:]
+
+
+def _without_repeats(
+    rows: list[RowRead], held_out: set[str], left_out: LeftOut, purpose: str
+) -> list[RowRead]:
+    kept: list[RowRead] = []
     seen: set[str] = set()
-    for row, problem, gold in training:
-        key = _key(problem)
+    for row, read in rows:
+        key = _key(read.problem)
         if key in held_out:
-            left_out.setdefault("training: also an evaluation problem", []).append(row)
+            left_out.setdefault(f"{purpose}: also an evaluation problem", []).append(row)
         elif key in seen:
-            left_out.setdefault("training: repeats an earlier problem", []).append(row)
+            left_out.setdefault(f"{purpose}: repeats an earlier problem", []).append(row)
         else:
             seen.add(key)
-            kept.append((row, problem, gold))
+            kept.append((row, read))
     return kept
 
 
 def _make_problems(
     tokenizer: PreTrainedTokenizerBase,
     left_out: LeftOut,
-    read: list[Read],
+    read: list[RowRead],
     purpose: str,
     *,
     template: str,
     enable_thinking: bool,
     max_prompt_tokens: int,
+    system_prompt: str,
 ) -> list[Problem]:
-    texts = [template.replace(SLOT, problem) for _, problem, _ in read]
-    prompts, prompt_ids = render(tokenizer, texts, enable_thinking=enable_thinking)
+    chats = [r.messages or template.replace(SLOT, r.problem) for _, r in read]
+    prompts, prompt_ids = render(
+        tokenizer, chats, enable_thinking=enable_thinking, system_prompt=system_prompt
+    )
     special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
     problems = []
-    for (row, problem, gold), prompt, ids in zip(read, prompts, prompt_ids, strict=True):
-        if any(token in problem for token in special):
+    for (row, said), prompt, ids in zip(read, prompts, prompt_ids, strict=True):
+        if any(token in said.problem for token in special):
             reason = f"{purpose}: a special token of the tokenizer is in the problem"
             left_out.setdefault(reason, []).append(row)
         elif len(ids) > max_prompt_tokens:
             reason = f"{purpose}: prompt longer than max_prompt_tokens={max_prompt_tokens}"
             left_out.setdefault(reason, []).append(row)
         else:
-            problems.append(Problem(ids, prompt, problem, gold, row.index, row.fields))
+            problems.append(Problem(ids, prompt, said.problem, said.gold, row.index, row.fields))
     return problems
+
+
+def _is_sentence(gold: str) -> bool:
+    """Three words or more in plain text: nobody boxes that."""
+    plain = re.sub(r"\\[a-zA-Z]+\s*(\{[^{}]*\})?|\$[^$]*\$", " ", gold)
+    return len(re.findall(r"(?<![^\s(])[A-Za-z]{2,}(?=[\s.,:;!?)]|$)", plain)) >= 3
 
 
 def _describe_left_out(left_out: LeftOut) -> list[str]:

@@ -6,6 +6,7 @@ error; where the choice is ours, evaluation goes first.
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -199,31 +200,44 @@ def read_splits(path: str) -> Splits:
     A hub data set with several configurations is named `id:configuration` (`openai/gsm8k:main`).
     Raises InputError that says what was wrong with the path, the file or the line.
     """
-    local = Path(path)
+    local = Path(path).expanduser()
     if local.is_file():
         return {"train": read_file(local)}
     if local.is_dir():
         saved = any((local / name).is_file() for name in ("dataset_dict.json", "state.json"))
         load = datasets.load_from_disk if saved else datasets.load_dataset
         advice = f"give a {', '.join(FILE_SUFFIXES)} file, or a folder of files of one kind"
-        return _load(lambda: load(str(local)), f"folder {path}", advice)
+        return _load(lambda: load(str(local)), path, f"folder {path}", advice)
+    name, _, configuration = path.partition(":")
+    if configuration and Path(name).is_dir():
+        return _load(
+            lambda: datasets.load_dataset(name, configuration),
+            name,
+            f"folder {name}, configuration {configuration}",
+            "its README names the configurations",
+        )
     if local.suffix in FILE_SUFFIXES or path.startswith((".", "/", "~")):
         raise InputError(f"data set {path}: no such file or folder")
-    name, _, configuration = path.partition(":")
     return _load(
         lambda: datasets.load_dataset(name, configuration or None),
+        path,
         f"data set {path!r} of the Hugging Face hub",
         "if this machine is offline or the id is wrong, give a local "
         f"{', '.join(FILE_SUFFIXES)} file or folder as --dataset_path",
     )
 
 
-def _load(load, what: str, advice: str) -> Splits:
+def _load(load, path: str, what: str, advice: str) -> Splits:
     try:
         loaded = load()
     except Exception as error:  # every builder raises its own kinds; the cause is kept
         cause = error.__cause__ or error
-        first_line = str(cause).strip().split("\n")[0]
+        text = str(cause).strip()
+        first_line = text.split("\n")[0]
+        if "Config name is missing" in text:
+            names = re.findall(r"'([^']+)'", text.split("`")[0]) or re.findall(r"'([^']+)'", text)
+            advice = f"it has the configurations {', '.join(names)}; name one as {path}:{names[0]}"
+            raise InputError(f"{what}: {advice}") from error
         raise InputError(f"{what}: {type(cause).__name__}: {first_line}; {advice}") from error
     splits = loaded if isinstance(loaded, dict) else {"train": loaded}
     # Random access into Arrow costs 50 us a row; a list of dicts is built once.
@@ -240,8 +254,9 @@ def read_file(file: Path) -> list[dict[str, Any]]:
         text = file.read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
         raise InputError(f"data set {file}: {error}") from error
-    if file.suffix == ".json" and text.lstrip().startswith("["):
-        rows = dict(enumerate(_parse(str(file), text), start=1))
+    items = _items(file, text) if file.suffix == ".json" else None
+    if items is not None:
+        rows = dict(enumerate(items, start=1))
         where = "item"
     else:
         # Not splitlines(): U+2028 and its like may stand unescaped inside a JSON string.
@@ -254,6 +269,30 @@ def read_file(file: Path) -> list[dict[str, Any]]:
         if not isinstance(row, dict):
             raise InputError(f"data set {file}, {where} {n}: needs an object, got {row!r:.60}")
     return list(rows.values())
+
+
+def _items(file: Path, text: str) -> list[Any] | None:
+    """The rows of a .json file that is one value: a list, `{"data": [...]}` (any one list of
+    objects by its name), or lists by column. None for JSON lines."""
+    start = text.lstrip()[:1]
+    if start == "[":
+        return list(_parse(str(file), text))
+    try:
+        whole = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(whole, dict) or not whole:
+        return None
+    objects = [v for v in whole.values() if isinstance(v, list) and v and isinstance(v[0], dict)]
+    is_conversation = objects and "role" in objects[0][0]
+    if len(objects) == 1 and not is_conversation:
+        return list(objects[0])
+    if all(isinstance(v, list) for v in whole.values()):
+        lengths = {name: len(v) for name, v in whole.items()}
+        if len(set(lengths.values())) > 1:
+            raise InputError(f"data set {file}: lists by column of different lengths: {lengths}")
+        return [dict(zip(whole, row, strict=True)) for row in zip(*whole.values(), strict=True)]
+    return None
 
 
 def _parse(where: str, text: str) -> Any:

@@ -1,7 +1,7 @@
 """The model's own tokenizer: loading it, the ids that end a completion, and its chat template."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -76,22 +76,31 @@ def _read_model_json(model_id: str, name: str) -> dict[str, Any]:
 
 
 def render(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, enable_thinking: bool
+    tokenizer: PreTrainedTokenizerBase,
+    chats: Sequence[str | Sequence[Mapping[str, str]]],
+    *,
+    enable_thinking: bool,
+    system_prompt: str = "",
 ) -> tuple[list[str], list[tuple[int, ...]]]:
-    """Each user message as the model reads it: text and ids, up to where its answer begins.
+    """Each conversation as the model reads it: text and ids, up to where its answer begins. A text
+    is a user's message; `system_prompt` goes before those that bring no system turn.
 
     With a chat template the template writes every special token, so the tokenizer adds none (no
-    second BOS). Without one the message is continued as plain text.
+    second BOS). Without one the messages are continued as plain text.
     """
     has_template = tokenizer.chat_template is not None
-    if not texts:
+    if not chats:
         return [], []
-    prompts = list(texts)
+    conversations = [_conversation(chat, system_prompt) for chat in chats]
+    texts = [messages[-1]["content"] for messages in conversations]
+    prompts = ["\n\n".join(m["content"] for m in messages) for messages in conversations]
     if has_template:
-        chats = [[{"role": "user", "content": text}] for text in texts]
         try:
             rendered = tokenizer.apply_chat_template(
-                chats, tokenize=False, add_generation_prompt=True, enable_thinking=enable_thinking
+                conversations,
+                tokenize=False,
+                add_generation_prompt=True,
+                enable_thinking=enable_thinking,
             )
         except (jinja2.TemplateError, ValueError, TypeError, OverflowError) as error:
             raise InputError(
@@ -106,3 +115,12 @@ def render(
             )
     ids = tokenizer(prompts, add_special_tokens=not has_template)["input_ids"]
     return prompts, [tuple(row) for row in ids]
+
+
+def _conversation(
+    chat: str | Sequence[Mapping[str, str]], system_prompt: str
+) -> list[dict[str, str]]:
+    turns = [{"role": "user", "content": chat}] if isinstance(chat, str) else list(map(dict, chat))
+    if system_prompt and all(turn["role"] != "system" for turn in turns):
+        return [{"role": "system", "content": system_prompt}, *turns]
+    return turns

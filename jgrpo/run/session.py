@@ -129,6 +129,9 @@ def open_problems(config: Config) -> Problems:
         enable_thinking=config.enable_thinking,
         max_prompt_tokens=config.max_prompt_tokens,
         n_eval_prompts=config.n_eval_prompts,
+        problem_column=config.problem_column,
+        answer_column=config.answer_column,
+        system_prompt=config.system_prompt,
     )
     stops = stop_token_ids(tokenizer, folder)
     return Problems(tokenizer, stops, train, evaluation, report)

@@ -107,7 +107,12 @@ def test_the_gold_answer_of_each_schema(fields, gold):
         ({"question": "q", "answer": "18 ####"}, "no answer"),
         ({"question": "q", "answer": float("nan")}, "no answer"),
         ({"question": "q", "answer": True}, "no answer"),
-        ({"problem": "p", "answer": "2"}, "neither"),
+        ({"problem": "p", "text": "2"}, "no column with an answer"),
+        ({"text": "p", "answer": "2"}, "no column with a problem"),
+        ({"prompt": [{"role": "system", "content": "s"}], "answer": "2"}, "no message of a user"),
+        ({"prompt": [{"role": "user", "content": None}], "answer": "2"}, "role and a content"),
+        ({"question": "q", "answer": []}, "no answer"),
+        ({"question": "q", "answer": [None]}, "no answer"),
     ],
 )
 def test_a_row_that_cannot_be_read_says_why(fields, reason):
