@@ -114,6 +114,9 @@ def open_sets(command: cli.Evaluate, problems: Problems) -> dict[str, Problems]:
             prompt_template=config.prompt_template,
             enable_thinking=config.enable_thinking,
             max_prompt_tokens=config.max_prompt_tokens,
+            problem_column=config.problem_column,
+            answer_column=config.answer_column,
+            system_prompt=config.system_prompt,
         )
         sets[name] = replace(problems, evaluation=evaluation, report=[line, *report])
     return sets

@@ -167,17 +167,21 @@ def make_evaluation(
     prompt_template: str,
     enable_thinking: bool,
     max_prompt_tokens: int,
+    problem_column: str = "",
+    answer_column: str = "",
+    system_prompt: str = "",
 ) -> tuple[list[Problem], list[str]]:
     """Evaluation problems of all `rows`, and lines on rows left out. InputError if none is left."""
     left_out: LeftOut = {}
     problems = _make_problems(
         tokenizer,
         left_out,
-        _read_rows(rows, "evaluation", left_out),
+        _read_rows(rows, "evaluation", left_out, problem_column, answer_column),
         "evaluation",
         template=load_template(prompt_template),
         enable_thinking=enable_thinking,
         max_prompt_tokens=max_prompt_tokens,
+        system_prompt=system_prompt,
     )
     report = _describe_left_out(left_out)
     if not problems:
