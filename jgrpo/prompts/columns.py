@@ -124,10 +124,8 @@ def _text(value: Any) -> str:
     is_number = isinstance(value, int | float | Decimal) and not isinstance(value, bool)
     if not is_number or value != value or abs(value) == float("inf"):
         return ""
-    if isinstance(value, int):
-        return str(value)
-    plain = format(Decimal(str(value)), "f")
-    return plain.rstrip("0").rstrip(".") if "." in plain else plain
+    text = str(value)
+    return format(Decimal(text), "f") if "e" in text.lower() else text
 
 
 def _listed(text: str) -> list[str] | None:

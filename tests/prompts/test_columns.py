@@ -27,7 +27,7 @@ USER = {"role": "user", "content": "1+1?"}
         ({"question": "q", "answer": 0.00001}, "0.00001"),
         ({"question": "q", "answer": 1e16}, "10000000000000000"),
         ({"question": "q", "answer": 2.5e-7}, "0.00000025"),
-        ({"question": "q", "answer": 204.0}, "204"),
+        ({"question": "q", "answer": 204.0}, "204.0"),
         ({"question": "q", "answer": -0.5}, "-0.5"),
         ({"question": "q", "answer": ["7"]}, "7"),
         ({"question": "q", "answer": ["1", 2]}, "1, 2"),
