@@ -291,8 +291,8 @@ DATA = {
         write("train.jsonl", '{"a": 1}\n\n{"a": '), "train.jsonl, line 3: not JSON"
     ),
     "a list in line 2": of(rows(GOOD, [1]), "line 2: needs an object, got [1]"),
-    "a column of lists": of(
-        write("t.json", '{"data": [{"question": "q", "answer": "1"}]}'),
+    "a column of objects": of(
+        write("t.json", '{"data": {"question": "q", "answer": "1"}}'),
         "columns 'data'", line=f"{TRAIN} --dataset_path t.json",
     ),
     "nested too deeply": of(

@@ -74,7 +74,7 @@ def _problem(fields: Mapping[str, Any], column: str) -> tuple[str, Messages]:
     if not names:
         raise ValueError(f"no {column}" if column else "no column with a problem")
     value = _at(fields, names[0])
-    if isinstance(value, Sequence) and not isinstance(value, str):
+    if isinstance(value, list | tuple) and any(isinstance(item, Mapping) for item in value):
         messages = _messages(value)
         users = [m["content"] for m in messages if m["role"] == "user"]
         if users and users[-1].strip():
