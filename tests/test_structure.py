@@ -48,6 +48,7 @@ FLOORS = [
 FLOOR_OF = {room: i for i, rooms in enumerate(FLOORS, 1) for room in rooms}
 FOLDERS = {file.parent.name for file in FILES} - {"jgrpo"}
 PURE = ("advantages", "losses", "estimators", "answers.latex", "answers.algebra", "answers.equal",
+        "answers.box", "answers.units", "answers.interval",
         "policy.remat", "policy.tape", "policy.lora", "policy.batch",
         "rollout.protocol")  # fmt: skip
 LIGHT = ("errors", "config", "cli", "checks", "advantages", "serve", "answers.equal",
@@ -112,7 +113,8 @@ def test_tests_mirror_the_rooms():
 
 @pytest.mark.parametrize("module", PURE)
 def test_a_pure_module_knows_no_config_and_touches_no_files(module):
-    assert not {n.split(".")[-1] for n in imported(TREES[module])} - {"errors", "latex", "algebra"}
+    pure = {"errors", *(name.split(".")[-1] for name in PURE)}
+    assert not {name.split(".")[-1] for name in imported(TREES[module])} - pure
     assert not outside(TREES[module]) & {"os", "io", "shutil", "subprocess", "httpx", "rich"}
     calls = {n.func.id for n in ast.walk(TREES[module])
              if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}  # fmt: skip

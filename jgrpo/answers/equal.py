@@ -9,12 +9,16 @@ Nothing evaluates text as Python. Left out on purpose: decimals that only approx
 conversion of units, degrees against radians.
 """
 
+import functools
 import re
 from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 
 from jgrpo.answers.algebra import OutOfTime, deadline, is_safe, same_by_algebra, variables
+from jgrpo.answers.box import last_boxed
+from jgrpo.answers.interval import as_interval
 from jgrpo.answers.latex import MAX_CHARS, depths, named, normalize, parts, split
+from jgrpo.answers.units import scale, unit
 
 IN_PROCESS_LIMIT_S = 5.0
 """Seconds that `is_correct` may spend in sympy."""
@@ -22,80 +26,20 @@ IN_PROCESS_LIMIT_S = 5.0
 MAX_DEPTH = 40
 """Answers with brackets nested deeper are compared as text alone."""
 
-_BOX = re.compile(
-    r"\\{1,2}(?:boxed|fbox)(?![A-Za-z])"
-    r"(?:(\s*\{)|([ \t]*)(?=[-+.0-9(\[]|\\[^)\]]|[A-Za-z](?![A-Za-z])))|\\.|[{}]",
-    re.DOTALL,
-)
-_BARE_BOX_END = re.compile(r"\$|\n|\\\)|\\\]|$")
-
 _DECIMAL = r"[0-9]+(?:\.[0-9]*)?"
 _NUMBER = re.compile(
     rf"(?P<sign>[-+]?)(?:(?P<whole>[0-9]*)\\frac\{{(?P<a>-?{_DECIMAL})\}}\{{(?P<b>-?{_DECIMAL})\}}"
-    rf"|(?P<c>{_DECIMAL})(?:/(?P<d>{_DECIMAL})|\\cdot10\^\{{?(?P<e>-?[0-9]{{1,3}})\}}?"
+    rf"|(?P<c>{_DECIMAL})(?:/(?P<d>{_DECIMAL})|(?:[eE]\+?|\\cdot10\^)\{{?(?P<e>-?[0-9]{{1,3}})\}}?"
     r"|\\(?:overline|bar)\{?(?P<period>[0-9]+)\}?)?)"
 )
 _THOUSANDS = re.compile(r"[^0-9,()\[\]{}]*[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?(?![0-9])[^0-9,]*")
-_UNITS = {
-    alias: unit
-    for unit, aliases in {
-        "mm": "mm millimeter millimeters", "cm": "cm centimeter centimeters",
-        "m": "m meter meters metre metres", "km": "km kilometer kilometers",
-        "in": "in inch inches", "ft": "ft foot feet", "yd": "yd yard yards",
-        "mi": "mi mile miles", "g": "g gm gram grams", "kg": "kg kilogram kilograms",
-        "lb": "lb lbs pound pounds", "oz": "oz ounce ounces", "s": "s sec second seconds",
-        "min": "min minute minutes", "h": "h hr hrs hour hours", "day": "day days",
-        "week": "week weeks", "month": "month months", "year": "year years yr yrs",
-        "penny": "penny pennies", "nickel": "nickel nickels", "dime": "dime dimes",
-        "mph": "mph", "cent": "cent cents", "dollar": "dollar dollars",
-        "L": "liter liters L", "mL": "mL ml milliliter milliliters",
-        "": "unit units",  # of whatever kind; but units are no square units
-    }.items()
-    for alias in aliases.split()
-}  # fmt: skip
-_SCALES: dict[str, Fraction | int] = {
-    "dozen": 12, "hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9,
-    "trillion": 10**12, "tenth": Fraction(1, 10), "hundredth": Fraction(1, 100),
-    "thousandth": Fraction(1, 1000), "millionth": Fraction(1, 10**6),
-}  # fmt: skip
-_SCALE = re.compile(
-    rf'(?P<value>.*[0-9}}]) ?(?P<quote>"?) ?(?P<scale>{"|".join(sorted(_SCALES, reverse=True))})s?'
-    r"(?!aire)(?: of )? ?(?P<rest>.*)",
-    re.IGNORECASE,
+_CHOICE = re.compile(
+    r"\s*(?P<font>\\(?:text|math|bold)[a-z]*\s*\{\s*)?(?:\((?P<a>[A-Z])\)|(?P<b>[A-Z])(?P<mark>[.):]))"
+    r"(?P<gap>\s*\}?(?:\\[ ,;:!]|\\q?quad(?![A-Za-z])|~|[\s:.-])*)(?P<value>\S.*)",
+    re.DOTALL,
 )
-_UNIT = re.compile(
-    r'(?P<value>.*[^"]) ?(?:"(?P<text>[^"]*)"|(?<=[0-9}%])(?P<bare>[A-Za-z]{2,}))'
-    r"(?:\^\{?(?P<power>[23])\}?)?\.?"
-)
-
-
-def last_boxed(text: str) -> str | None:
-    r"""Return what is inside the last balanced \boxed{} or \fbox{} of `text`, or None.
-
-    Last is by where it starts, so of nested boxes it is the inner one. A box that is never closed
-    (a completion cut off at its token limit) is passed over for an earlier balanced one.
-    `\boxed 2` reaches to the next $, \), \] or line end. Linear in len(text).
-    """
-    best_start, best_end = -1, -1
-    open_starts: list[int] = []
-    for match in _BOX.finditer(text):
-        token = match[0]
-        if match[1] is not None:
-            open_starts.append(match.end())
-        elif match[2] is not None:
-            best_start, best_end = match.end(), -1
-        elif token == "{":
-            open_starts.append(-1)
-        elif token == "}" and open_starts:
-            start = open_starts.pop()
-            if start > best_start:
-                best_start, best_end = start, match.start()
-    if best_start < 0:
-        return None
-    if best_end < 0:
-        end = _BARE_BOX_END.search(text, best_start)
-        best_end = end.start() if end else len(text)
-    return text[best_start:best_end].strip()
+_ABOUT = re.compile(r" ?\\(?:thick)?approx(?![A-Za-z]) ?| ?\\(?:simeq|doteq)(?![A-Za-z]) ?")
+_DECIMAL_COMMA = re.compile(r"[-+]?(?!(?:[1-9][0-9]{0,2}),[0-9]{3}(?![0-9]))[0-9]+,[0-9]+[^0-9,]*")
 
 
 def same_text(answer: str, gold: str) -> bool:
@@ -106,7 +50,7 @@ def same_text(answer: str, gold: str) -> bool:
 def quick_verdict(answer: str, gold: str) -> bool | None:
     """Return True or False where strings and exact numbers decide, None where only
     `same_symbolically` can. Never slow, never raises."""
-    return _same(normalize(answer), normalize(gold), _same_scalar)
+    return _compared(answer, gold, _same_scalar)
 
 
 def same_symbolically(answer: str, gold: str) -> bool:
@@ -121,10 +65,10 @@ def same_symbolically(answer: str, gold: str) -> bool:
     def by_math_verify(a: str, b: str) -> bool:
         verdict = _same_scalar(a, b)
         if verdict is None:
-            return same_by_algebra(_plain(_unit(a)[0]), _plain(_unit(b)[0]))
+            return same_by_algebra(_plain(unit(a)[0]), _plain(unit(b)[0]))
         return verdict
 
-    return bool(_same(normalize(answer), normalize(gold), by_math_verify))
+    return bool(_compared(answer, gold, by_math_verify))
 
 
 def is_correct(completion: str, gold: str) -> bool:
@@ -139,8 +83,7 @@ def is_correct(completion: str, gold: str) -> bool:
     verdict = quick_verdict(answer, gold)
     if verdict is None:
         try:
-            import math_verify  # noqa: F401  (a deadline in mid-import would leave half a sympy)
-
+            _warm_up()
             with deadline(IN_PROCESS_LIMIT_S):
                 verdict = same_symbolically(answer, gold)
         except (Exception, OutOfTime):  # what sympy cannot read or finish is not the gold answer
@@ -148,11 +91,48 @@ def is_correct(completion: str, gold: str) -> bool:
     return verdict
 
 
+@functools.cache
+def _warm_up() -> None:
+    """Import sympy and fill its tables, which takes seconds, outside of a deadline (one in
+    mid-import would leave half a sympy)."""
+    same_by_algebra("(x+1)^2", "x^2+2x+1")
+
+
 _Leaf = Callable[[str, str], bool | None]
+
+
+def _compared(answer: str, gold: str, leaf: _Leaf) -> bool | None:
+    """Compare two answers as they were written. Of a choice with its value (`(C) 12`) either is
+    right, unless the other one is wrong."""
+    (letter, value), (gold_letter, gold_value) = _choice(answer), _choice(gold)
+    if letter and gold_letter:
+        same_value = _same(normalize(value), normalize(gold_value), leaf)
+        return same_value if letter == gold_letter else False
+    if letter:
+        return _any(_compared(part, gold, leaf) for part in (letter, value))
+    if gold_letter:
+        return _any(_compared(answer, part, leaf) for part in (gold_letter, gold_value))
+    a, b = normalize(answer), normalize(gold)
+    verdict = _same(a, b, leaf)
+    if not verdict and "," not in b and ", " not in answer and _DECIMAL_COMMA.fullmatch(a):
+        return _any([verdict, _same(a.replace(",", "."), b, leaf)])
+    return verdict
+
+
+def _choice(s: str) -> tuple[str, str]:
+    r"""`\textbf{(C)}\ 12` -> ("C", "12"); ("", s) if it is not a letter and what it stands for."""
+    match = _CHOICE.fullmatch(s.strip().strip("$")) if len(s) <= MAX_CHARS else None
+    if not match or not (match["font"] or match["gap"]):
+        return "", s
+    value = match["value"]
+    if match["font"] and "}" not in match["gap"]:  # \textbf{(C) 12}
+        value = value.removesuffix("}") if depths(value)[0] < 0 else value
+    return (match["a"] or match["b"], value) if value.strip(" }") else ("", s)
 
 
 def _same(a: str, b: str, leaf: _Leaf) -> bool | None:
     """Compare two normalised answers: take their shapes apart, then `leaf` on the scalars."""
+    a, b = _exact(a), _exact(b)
     if not _plain(a) or not _plain(b):
         return False
     if _plain(a) == _plain(b):
@@ -169,7 +149,8 @@ def _same(a: str, b: str, leaf: _Leaf) -> bool | None:
     elements_a, elements_b = split(a, ","), split(b, ",")
     if len(elements_a) == len(elements_b) == 1:
         (name_a, value_a), (name_b, value_b) = named(elements_a[0]), named(elements_b[0])
-        if name_a and name_b and name_a != name_b and "(" not in name_a + name_b:
+        of_letters = re.search(r"\([a-z]", name_a + name_b)  # f(x) may be called y
+        if name_a and name_b and name_a != name_b and not of_letters:
             return False
         rests_equal_sided = ("=" in value_a) == ("=" in value_b)
         if (name_a or name_b) and rests_equal_sided:
@@ -178,17 +159,42 @@ def _same(a: str, b: str, leaf: _Leaf) -> bool | None:
         kind_b, parts_b = parts(elements_b[0])
     else:
         names_a, names_b = ({named(e)[0] for e in es} - {""} for es in (elements_a, elements_b))
+        if names_a != names_b:  # x_1 and x_2 are two values of x
+            names_a, names_b = (
+                {re.sub(r"_\{?\d+\}?$", "", n) for n in ns} for ns in (names_a, names_b)
+            )
         if len(names_a | names_b) > 1 and names_a != names_b:
             return False
         kind_a, parts_a = parts(a)
         kind_b, parts_b = parts(b)
     if kind_a == kind_b == "":
         return leaf(parts_a[0], parts_b[0])
-    if kind_a != kind_b or len(parts_a) != len(parts_b):
+    if kind_a != kind_b:
+        interval_a, interval_b = as_interval(a), as_interval(b)
+        return _same(interval_a, interval_b, leaf) if (interval_a, interval_b) != (a, b) else False
+    if len(parts_a) != len(parts_b):
         return False
     if kind_a in ("set", "union"):
         return _same_unordered(parts_a, parts_b, leaf)
     return _all(_same(x, y, leaf) for x, y in zip(parts_a, parts_b, strict=True))
+
+
+def _exact(s: str) -> str:
+    r"""`8\sqrt2\approx11.3` -> `8\sqrt2`; `x\approx11.3` -> `11.3`."""
+    said = [part for part in _ABOUT.split(s) if part] if "\\" in s else [s]
+    if len(said) > 1 and re.fullmatch(r"[A-Za-z]{1,2}(?:_\w)?", said[0]):
+        return said[1]
+    return said[0] if said else ""
+
+
+def _any(verdicts: Iterable[bool | None]) -> bool | None:
+    """Three-valued or: True beats undecided, undecided beats False."""
+    undecided = False
+    for verdict in verdicts:
+        if verdict:
+            return True
+        undecided |= verdict is None
+    return None if undecided else False
 
 
 def _all(verdicts: Iterable[bool | None]) -> bool | None:
@@ -222,8 +228,8 @@ def _plain(s: str) -> str:
 
 def _same_scalar(a: str, b: str) -> bool | None:
     """Compare two scalars as strings, numbers, words; None: needs algebra, and is safe for it."""
-    (a, scale_a), (b, scale_b) = _scale(a), _scale(b)
-    (value_a, *unit_a), (value_b, *unit_b) = _unit(a), _unit(b)
+    (a, scale_a), (b, scale_b) = scale(a), scale(b)
+    (value_a, *unit_a), (value_b, *unit_b) = unit(a), unit(b)
     if any(x and y and x != y for x, y in zip(unit_a, unit_b, strict=True)):
         return False
     may_be_left_out = not (scale_a and scale_b)
@@ -237,6 +243,9 @@ def _same_scalar(a: str, b: str) -> bool | None:
         if may_be_left_out and number_a == number_b:
             return True
         return number_a * factor_a == number_b * factor_b
+    product_a, product_b = _product(value_a), _product(value_b)
+    if product_a and product_a == product_b:
+        return True
     if _is_words(value_a) or _is_words(value_b):
         words_a, words_b = (re.sub(r'[".()\s]', "", s) for s in (value_a, value_b))
         if len(words_a) > 1 or '"' in value_a + value_b:  # but x is not X
@@ -245,29 +254,6 @@ def _same_scalar(a: str, b: str) -> bool | None:
     if variables(value_a) != variables(value_b) or not (is_safe(value_a) and is_safe(value_b)):
         return False
     return None
-
-
-def _scale(s: str) -> tuple[str, Fraction | int | None]:
-    """`5 thousand cm` -> ("5cm", 1000); without such a word (s, None)."""
-    if not (match := _SCALE.fullmatch(s)):
-        return s, None
-    rest = match["quote"] + match["rest"]
-    return match["value"] + (rest if rest != '""' else ""), _SCALES[match["scale"].lower()]
-
-
-def _unit(s: str) -> tuple[str, str, str]:
-    r"""`5 cm^2` -> ("5", "cm", "2"); of a unit that is no measure (`5 edges`) the name is dropped:
-    ("5", "", "")."""
-    match = _UNIT.fullmatch(s)
-    if not match or not re.search(r"[0-9}]", match["value"]):
-        return s, "", ""
-    word = (match["text"] or match["bare"] or "").strip(" .").lower()
-    squared, cubed = re.subn(r"^(?:square|sq\.?) ?", "", word), re.subn(r"^cubic ?", "", word)
-    power = match["power"] or ("2" if squared[1] else "3" if cubed[1] else "")
-    known = _UNITS.get(squared[0] if squared[1] else cubed[0])
-    if not word or (match["bare"] and known is None and len(word) < 4):
-        return s, "", ""
-    return match["value"].strip(), known or "", power or ("" if known is None else "1")
 
 
 def _number(s: str) -> Fraction | None:
@@ -292,7 +278,22 @@ def _number(s: str) -> Fraction | None:
     return -value if match["sign"] == "-" else value
 
 
+def _product(s: str) -> list[str]:
+    r"""The factors of a product of letters, sorted: `r\pi` and `\pi r` have the same."""
+    if _is_words(s) or not re.fullmatch(r"(?:[a-z]|\\[a-z]+ ?)+", s):
+        return []
+    return sorted(f for f in re.findall(r"\\[a-z]+|[a-z]", s) if f != r"\cdot")
+
+
 def _is_words(s: str) -> bool:
-    """Text rather than a product of variables, in which `seat` would be `east`."""
-    bare = re.sub(r"\\[A-Za-z]+", "", s)
-    return '"' in s or bool(re.search(r"[A-Za-z]{3}|[A-Z]{2}", bare)) or bare.isalpha()
+    """Text rather than a product of variables, in which `seat` would be `east`. Three small letters
+    are a product if there is no vowel among them, or they follow each other in the alphabet."""
+    if '"' in s or s in ("on", "no"):
+        return True
+    for run in re.findall(r"[A-Za-z]{2,}", re.sub(r"\\[A-Za-z]+", "-", s)):
+        in_a_row = "".join(sorted(run)) in "abcdefghijklmnopqrstuvwxyz"
+        if len(run) > 3 or re.search("[A-Z]{2}", run):
+            return True
+        if len(run) == 3 and not in_a_row and set("aeiouAEIOU") & set(run):
+            return True
+    return False

@@ -2,24 +2,39 @@ r"""LaTeX answers as text: one spelling for each (as the MATH benchmark does it:
 2021), and their shape (tuple, interval, set, list, union, matrix) taken apart into scalars."""
 
 import re
+import unicodedata
+
+from jgrpo.answers.units import with_rate
 
 MAX_CHARS = 1000
 """Longer answers are compared as they stand, without normalisation."""
 
+_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-")
+_SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 _UNICODE = str.maketrans(
     {
         "\N{MINUS SIGN}": "-", "\N{EN DASH}": "-", "\N{NO-BREAK SPACE}": " ", '"': "",
-        "\N{MULTIPLICATION SIGN}": r"\cdot ", "·": r"\cdot ", "π": r"\pi ", "√": r"\sqrt ",
-        "\N{UNION}": r"\cup ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "°": r"^\circ ",
-        "²": "^2", "³": "^3",
+        "\N{MULTIPLICATION SIGN}": r"\cdot ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/",
+        "π": r"\pi ", "√": r"\sqrt ", "\N{UNION}": r"\cup ", "∞": r"\infty ", "≤": r"\le ",
+        "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "±": r"\pm ", "∈": r"\in ", "∅": r"\{\}",
+        "…": r"\ldots ", "°": r"^\circ ",
+        **{c: rf"\frac{{{n}}}{{{d}}}" for c in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅐⅛⅜⅝⅞⅑⅒"
+           for n, d in [unicodedata.normalize("NFKC", c).split("\N{FRACTION SLASH}")]},
     }
 )  # fmt: skip
 GROUP = r"\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\}"
 _DEGREES = r"\^ ?(?:\{ ?\\circ ?\}|\\circ(?![A-Za-z]))|\\degree(?![A-Za-z])"
-_REWRITES = tuple(
+_FONT = re.compile(
+    r"\\(?P<math>boldsymbol|bm|pmb|underline)?(?(math)|(?:emph|math(?:rm|bf|it|sf|tt|normal)"
+    rf"|text(?:bf|it|rm|sf|tt)?)) ?(?P<inside>{GROUP})"
+)
+_TO_QUOTES = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
         (r"\s+", " "),
+        (r"\*\*((?:(?!\*\*).)+)\*\*|^`([^`]*)`$", r"\1\2"),  # Markdown
+        (r"\\(?:text)?color(?:box)? ?\{[^{}]*\}", ""),
+        (r"\\(?:bf|it|rm|sf|tt|small|large|Large|LARGE|huge|Huge)(?![A-Za-z])", ""),
         (r"\\\\(?=[a-z]{2})", r"\\"),  # doubled escapes: \\frac
         (r"\\\\", "\n"),  # a matrix row, from here on
         (r"\\\$|\$|\\[()\[\]]", ""),
@@ -33,6 +48,11 @@ _REWRITES = tuple(
             r"\{([^{}]*)\}",
             r'"\1"',  # in quotes from here on: may be a unit
         ),
+    )
+)
+_REWRITES = tuple(
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
         (rf"(?:{_DEGREES}) ?, ?(?=[0-9])", ",~"),  # this comma separates, as those below
         (_DEGREES, ""),
         (r'" ?,? ?(?:and|or) ?"|(?<=[^A-Za-z"]) (?:and|or) ', ",~"),
@@ -48,6 +68,15 @@ _REWRITES = tuple(
         (r"\\mathbb ?(?:\{R\}|R)", r"(-\\infty,\\infty)"),
         (r"(\\log ?_ ?(?:[0-9A-Za-z]|\{[^{}]*\})) +(?=[0-9])", r"\1"),
         (r"\\times(?![A-Za-z])|\*", r"\\cdot "),
+        (
+            r"^\\\{ ?[A-Za-z] ?(?::|\||\\(?:mid|vert|colon)(?![A-Za-z])) ?(.+)\\\}$",
+            r"\1",
+        ),  # the set of all x with ...
+        (r"\\bigcup(?![A-Za-z])", r"\\cup "),
+        (r"\\(?:[lc]?dots[cbm]?)(?![A-Za-z])|\.\.\.", r"\\ldots "),
+        (r"\\lt(?![A-Za-z])", "<"),
+        (r"\\gt(?![A-Za-z])", ">"),
+        (r"\\not ?=|\\neq?(?![A-Za-z])", r"\\ne "),
         (r"\\le(?:q|qslant)?(?![A-Za-z])", r"\\le "),
         (r"\\ge(?:q|qslant)?(?![A-Za-z])", r"\\ge "),
         # `6 3/4` is a mixed number; without its space it would be 63/4.
@@ -60,11 +89,16 @@ _REWRITES = tuple(
         (r"(?<![0-9])\.(?=[0-9])", "0."),
     )
 )
+_RAISED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻]+")
+_LOWERED = re.compile("[₀₁₂₃₄₅₆₇₈₉]+")
 _KEPT_SPACE = re.compile(r"(\\[A-Za-z]+ (?=[A-Za-z]))| +")
 
 _NAME = re.compile(
-    r"((?:m?\\angle ?)?[A-Za-z](?:[A-Z]{1,2})?'?(?:_(?:\{\w+\}|\w))?(?:\([a-z](?:,[a-z])*\))?"
-    r'|\\[a-z]+|"[^"]*"|\([a-z](?:,[a-z])+\))(?:=|\\in(?![a-z])) ?'
+    r"((?:m?\\angle ?)?[A-Za-z](?:[A-Z]{1,2})?'?(?:_(?:\{\w+\}|\w))?"
+    r"(?:\([a-z](?:,[a-z])*\)|\([^()=<>]{1,30}\))?"
+    r"|\|[A-Z]{1,3}\||\[[A-Z]{3,5}\]|\\(?:overline|overrightarrow) ?\{?[A-Z]{2}\}?"
+    r'|\\(?:angle|triangle) ?[A-Z]{1,3}|\\[a-z]+|"[^"]*"|\([a-z](?:,[a-z])+\))'
+    r"(?:=|\\in(?![a-z])) ?"
 )
 _MATRIX = re.compile(r"\\begin\{([pbBvV]?)matrix\}(.*)\\end\{\1matrix\}", re.DOTALL)
 
@@ -78,14 +112,51 @@ def normalize(answer: str) -> str:
     """
     if len(answer) > MAX_CHARS:
         return answer.strip()
-    text = answer.translate(_UNICODE)
+    text = answer if answer.isascii() else "".join(map(_ascii, answer))
+    text = _RAISED.sub(lambda m: f"^{{{m[0].translate(_SUPERSCRIPTS)}}}", text)
+    text = _LOWERED.sub(lambda m: f"_{{{m[0].translate(_SUBSCRIPTS)}}}", text)
+    text = _semicolons(text.translate(_UNICODE))
+    for pattern, replacement in _TO_QUOTES:
+        text = _FONT.sub(_without_font, pattern.sub(replacement, text))
+    text = with_rate(text.strip())
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
     text = _KEPT_SPACE.sub(lambda match: match[1] or "", text).strip(" \n")
-    text = re.sub(r"[.,;:]+$", "", text.lstrip("+"))
+    text = re.sub(r"[.,;:]+$", "", re.sub(r"^(?:=(?!=)|\++)", "", text))
     while text.startswith("{") and closing(text) == len(text) - 1:
         text = text[1:-1]
     return text
+
+
+def _ascii(c: str) -> str:
+    """A full-width character, or one of Unicode's own fonts, as the plain one that it is."""
+    known = unicodedata.decomposition(c).startswith(("<wide>", "<font>"))
+    return unicodedata.normalize("NFKC", c) if known else c
+
+
+def _without_font(match: re.Match[str]) -> str:
+    """What is set in a font, if that is more than text: text may be a unit."""
+    inside = match["inside"][1:-1]
+    return inside if match["math"] or re.search(r"[{}]|\\[A-Za-z]", inside) else match[0]
+
+
+def _semicolons(text: str) -> str:
+    """`(3; 4)` as (3,4), and `(3,5; 4)` as (3.5,4): a comma beside a semicolon, in the same
+    brackets, is a decimal point or parts thousands."""
+    ends = text.rstrip(" .;:,")
+    places = [m.start() for m in re.finditer(r"(?<!\\);", ends)]
+    if not places:
+        return text
+    open_at = lambda place: depths(ends[:place])[0]  # noqa: E731
+    deep = {open_at(place) for place in places}
+    pieces = list(ends)
+    for m in re.finditer(r"(?<=[0-9]),(?=[0-9]+)", ends):
+        if open_at(m.start()) in deep:
+            thousands = re.match(r",[0-9]{3}(?![0-9])", ends[m.start() :])
+            pieces[m.start()] = "" if thousands else "."
+    for place in places:
+        pieces[place] = ", "
+    return "".join(pieces)
 
 
 def parts(s: str) -> tuple[str, list[str]]:

@@ -33,6 +33,7 @@ def test_no_real_gold_is_taken_for_another_one():
         ("-\\$0.50", "-\\frac{1}{2}"), ("0.4", "\\frac{2}{5}"), ("0.75", "\\frac{3}{4}"),
         ("0.5", "\\frac{1}{2}"), ("1.8", "\\frac9{5}"), ("3.5", "\\frac{7}{2}"),
         ("7.5", "\\frac{15}{2}"), ("33\\%", "\\dfrac{33}{100}"), ("50\\%", "\\frac{1}{2}"),
+        ("0,4", "0.4"),  # a decimal comma, where the gold is no list
     }  # fmt: skip
     golds = sorted(real_golds(), key=lambda gold: ("".join(skeleton(gold)), gold))
     n_equal = 0

@@ -9,7 +9,15 @@ import sys
 import time
 
 import pytest
-from answer_cases import DIFFERENT, DIFFERENT_BY_ALGEBRA, HOSTILE, SAME, SAME_BY_ALGEBRA
+from answer_cases import (
+    DIFFERENT,
+    DIFFERENT_BY_ALGEBRA,
+    HOSTILE,
+    NO_SPELLINGS,
+    SAME,
+    SAME_BY_ALGEBRA,
+    SPELLINGS,
+)
 
 from jgrpo.answers.equal import (
     IN_PROCESS_LIMIT_S,
@@ -42,6 +50,13 @@ from jgrpo.answers.equal import (
         (r"} \boxed{2} }", "2"),
         (r"\\boxed{4}", "4"),  # escaped twice
         (r"\boxed{}", ""),
+        (r"\boxed{5}, in \boxed{}.", "5"),  # an empty one is only mentioned
+        (r"\boxed{5}, in \boxed.", "5"),
+        (r"\boxed{5}, in \boxed{...}", "5"),
+        (r"\boxed{5}, in \boxed{\ldots}", "5"),
+        (r"\boxed{5} print(f'\\boxed{{{x}}}')", "5"),  # a program's
+        ("\\boxed{5}\n```python\nprint(r'\\boxed{6}')\n```\n", "5"),
+        ("```\n\\boxed{6}\n```", "6"),  # but if there is no other
         (r"\boxed{ 2 }", "2"),
         (r"\boxed{5", None),
         (r"boxed{5}", None),
@@ -69,6 +84,16 @@ def test_same_by_algebra(answer, gold, why):
 def test_different(answer, gold, why):
     assert not is_correct(rf"\boxed{{{answer}}}", gold), why
     assert not is_correct(rf"\boxed{{{gold}}}", answer), why
+
+
+@pytest.mark.parametrize(("answer", "gold"), SPELLINGS)
+def test_one_value_in_two_spellings(answer, gold):
+    assert is_correct(rf"\boxed{{{answer}}}", gold)
+
+
+@pytest.mark.parametrize(("answer", "gold"), NO_SPELLINGS)
+def test_what_only_looks_like_a_spelling_is_another_value(answer, gold):
+    assert not is_correct(rf"\boxed{{{answer}}}", gold)
 
 
 def test_no_box_is_wrong_even_if_the_answer_is_in_the_text():
