@@ -58,12 +58,11 @@ def parse_flags(kind: type, config: Config, args: Sequence[str], prog: str) -> A
     groups = {title: _group(title, names, config) for title, names in sections().items()}
     fields: list[Any] = [(f.name, _flag(f, docs_of(kind)), _default(f)) for f in own]
     for title, group in groups.items():
-        there = Annotated[group, tyro.conf.arg(name=title)]
-        factory = dataclasses.field(default_factory=group)
-        fields.append((_name(title), tyro.conf.OmitArgPrefixes[there], factory))  # type: ignore[index]
+        there: Any = Annotated[group, tyro.conf.arg(name=title), tyro.conf.OmitArgPrefixes]  # type: ignore[valid-type]
+        fields.append((_name(title), there, dataclasses.field(default_factory=group)))
     flat = dataclasses.make_dataclass(kind.__name__, fields)
     flat.__doc__ = kind.__doc__
-    read = tyro.cli(flat, args=words, prog=prog, use_underscores=True)
+    read: Any = tyro.cli(flat, args=words, prog=prog, use_underscores=True)
     values: dict[str, Any] = {}
     for title in groups:
         values |= vars(getattr(read, _name(title)))

@@ -42,6 +42,9 @@ def generate(
         temperature=temperature,
     )
     return [
-        [tokenizer.decode(c.token_ids[: len(c.token_ids) - (c.finish_reason == "stop")]) for c in g]
+        [
+            str(tokenizer.decode(c.token_ids[: len(c.token_ids) - (c.finish_reason == "stop")]))
+            for c in g
+        ]
         for g in groups
     ]

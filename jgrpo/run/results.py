@@ -154,11 +154,9 @@ def draw_steps(results: Sequence[Result]) -> Figure:
     figure = Figure(figsize=(7, 4.2), dpi=150, layout="constrained")
     axes = figure.subplots()
     for i, name in enumerate(dict.fromkeys(r.eval_set for r in results)):
-        own = [r for r in results if r.eval_set == name and r.step is not None]
-        steps, points = (
-            [r.step for r in own],
-            [r.evaluation.intervals["eval/accuracy"] for r in own],
-        )
+        own = {r.step: r for r in results if r.eval_set == name and r.step is not None}
+        steps = list(own)
+        points = [r.evaluation.intervals["eval/accuracy"] for r in own.values()]
         colour = COLOURS[i % len(COLOURS)]
         label = name or "evaluation problems"
         axes.plot(steps, [p.value for p in points], color=colour, label=label, **MARKED)

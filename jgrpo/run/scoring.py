@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -34,7 +35,7 @@ class Scorers:
         parts = {"outcome": correct}
         if self.custom:
             size = correct.shape[1]
-            ours = {
+            ours: dict[str, list[Any]] = {
                 "prompts": [p.prompt for p in problems for _ in range(size)],
                 "completions": [text for group in texts for text in group],
                 "completion_ids": [list(c.token_ids) for group in completions for c in group],

@@ -135,12 +135,12 @@ class Learner:
         Groups are dealt out in turn: dynamic sampling puts those with a signal first, and a part of
         others alone would have nothing to learn."""
         c, mask = self.config, completion_mask(rows)
-        there = mask.any(axis=1)
-        pull = there * (1.0 if pulls_without_advantage(c) else rows.advantages)
-        groups = np.arange(len(mask)).reshape(-1, c.group_size)
+        pull = np.ones(len(mask)) if pulls_without_advantage(c) else rows.advantages.copy()
+        pull[~mask.any(axis=1)] = 0.0
+        turn = np.arange(len(mask)) // c.group_size % c.updates_per_epoch
         parts = []
-        for first in range(c.updates_per_epoch):
-            index = groups[first :: c.updates_per_epoch].reshape(-1)
+        for part in range(c.updates_per_epoch):
+            index = np.flatnonzero(turn == part)
             batches = micro_batches(
                 rows,
                 index[with_signal(pull[index])],
