@@ -9,7 +9,9 @@ everything around it is `jgrpo.train.train(config)`.
 """
 
 import importlib
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -33,6 +35,12 @@ _HANDED_ON = {
 }
 """Names and the files that they live in, imported when they are first asked for: JAX takes its
 time, and a command that answers --help has none."""
+_MOVED = {
+    **dict.fromkeys(("weights", "adapter", "model", "lora", "batch"), "policy"),
+    **dict.fromkeys(("problems", "tokenizer"), "prompts"),
+    **dict.fromkeys(("replies", "protocol", "vllm"), "rollout"),
+}
+"""Files that lay in the package itself before it had rooms: `jgrpo.weights` still imports."""
 __all__ = ["load_model", "read_rollouts", "save_adapter", *_HANDED_ON]
 
 
@@ -40,6 +48,19 @@ def __getattr__(name: str) -> Any:
     if name not in _HANDED_ON:
         raise AttributeError(f"module 'jgrpo' has no attribute {name!r}")
     return getattr(importlib.import_module(f"jgrpo.{_HANDED_ON[name]}"), name)
+
+
+class _Moved(ModuleType):
+    """A file under its old name, imported when it is first asked for something."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # who walks through sys.modules asks each for its __file__
+            raise AttributeError(name)
+        old = self.__name__.rpartition(".")[2]
+        return getattr(importlib.import_module(f"jgrpo.{_MOVED[old]}.{old}"), name)
+
+
+sys.modules.update({f"jgrpo.{old}": _Moved(f"jgrpo.{old}") for old in _MOVED})
 
 
 def __dir__() -> list[str]:

@@ -122,6 +122,10 @@ def larger_tokenizer(root: Path) -> None:
     tokenizer.save_pretrained(root / "base")
 
 
+def sharded_by(index: str) -> Damage:
+    return both(remove(WEIGHTS), write("base/model.safetensors.index.json", index))
+
+
 def both(*damages: Damage) -> Damage:
     return lambda root: [damage(root) for damage in damages]
 
@@ -437,19 +441,19 @@ MODELS = {
         tensors(WEIGHTS, lambda t: t.update({UP: t[UP].astype(np.int8)})), "is of type I8"
     ),
     "shard missing": of(
-        write("base/model.safetensors.index.json", '{"weight_map": {"a": "m-1-of-2.safetensors"}}'),
+        sharded_by('{"weight_map": {"a": "m-1-of-2.safetensors"}}'),
         "model folder base has no m-1-of-2.safetensors",
     ),
     "index leads elsewhere": of(
-        write("base/model.safetensors.index.json", '{"weight_map": {"a": "../x.safetensors"}}'),
+        sharded_by('{"weight_map": {"a": "../x.safetensors"}}'),
         "index.json is damaged", "'../x.safetensors' is not in the folder",
     ),
     "index of numbers": of(
-        write("base/model.safetensors.index.json", '{"weight_map": {"a": 3}}'),
+        sharded_by('{"weight_map": {"a": 3}}'),
         "index.json is damaged",
     ),
     "index damaged": of(
-        write("base/model.safetensors.index.json", "{"), "index.json is damaged",
+        sharded_by("{"), "index.json is damaged",
         "download it again"
     ),
     "no value head": of(

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import importlib
 import re
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import jgrpo
 from jgrpo.config import Config
 
 ROOT = Path(__file__).parent.parent
@@ -229,3 +231,15 @@ def test_whatever_is_public_and_longer_than_ten_lines_has_a_docstring(module):
     for name, node in definitions(TREES[module]):
         short = node.end_lineno - node.lineno < 11
         assert short or name == "main" or ast.get_docstring(node), f"{module}.{name}"
+
+
+def test_files_are_still_found_under_the_names_they_had_before_the_rooms():
+    for old, place in jgrpo._MOVED.items():
+        new = importlib.import_module(f"jgrpo.{place}.{old}")
+        public = next(
+            n for n in vars(new) if getattr(vars(new)[n], "__module__", "") == new.__name__
+        )
+        assert getattr(importlib.import_module(f"jgrpo.{old}"), public) is vars(new)[public]
+    from jgrpo import weights
+
+    assert weights.load_model is importlib.import_module("jgrpo.policy.weights").load_model

@@ -7,8 +7,9 @@ in its final type and layout, so that no more than one of them ever exists twice
 
 import hashlib
 import json
+import re
 from collections.abc import Collection, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,6 +40,11 @@ SIZES = (
     *("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads"),
     *("num_key_value_heads", "vocab_size"),
 )
+QUANTISED = re.compile(
+    r"\.(qweight|qzeros|scales|biases|g_idx|SCB|weight_(scale|packed|zero_point|shape|global_scale)"
+    r"(_\w+)?|input_scale|(nested_)?(absmax|quant_map)|quant_state\..*)$"
+)
+"""Tensors that GPTQ, AWQ, FP8, bitsandbytes, compressed-tensors and MLX put beside a weight."""
 FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer*"]
 M = TypeVar("M", bound=nnx.Module)
 
@@ -75,12 +81,14 @@ def weights_fingerprint(folder: Path) -> str:
 
 
 def read_hf_config(folder: Path) -> PretrainedConfig:
-    """A folder's config.json as transformers reads it. InputError if it is missing or damaged."""
+    """A folder's config.json as transformers reads it. InputError if it is missing, damaged, or of
+    a quantised model."""
     if not (folder / "config.json").is_file():
         hint = (folder / "adapter_config.json").is_file() * (
             ": it is an adapter's; --model_id is the base model"
         )
         raise InputError(f"model folder {folder} has no config.json{hint}")
+    _refuse_quantised_config(folder)
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, KeyError, OSError, StrictDataclassError) as error:
@@ -91,9 +99,48 @@ def read_hf_config(folder: Path) -> PretrainedConfig:
         raise InputError(f"{folder}/config.json cannot be read: {error}") from error
 
 
+def _refuse_quantised_config(folder: Path) -> None:
+    """By the method that config.json names: `quantization_config`, or MLX's own `quantization`."""
+    try:
+        content = json.loads((folder / "config.json").read_text("utf-8"))
+        asked = content.get("quantization_config") or content.get("quantization")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return  # transformers says what is wrong with it
+    if not asked:
+        return
+    known = asked if isinstance(asked, dict) else {"quant_method": str(asked)}
+    method = known.get("quant_method")
+    if not method and any(key.startswith(("load_in_", "bnb_")) for key in known):
+        method = "bitsandbytes"
+    if not method and content.get("quantization"):
+        method = "mlx"
+    bits = f", {known['bits']} bits" if known.get("bits") else ""
+    raise _quantised(f"{folder}/config.json", f"{method or 'of an unnamed method'}{bits}")
+
+
+def _quantised(where: str, how: str) -> InputError:
+    return InputError(
+        f"{where}: the model is quantised ({how}), which is not supported: the gradient needs the "
+        "base's weights in bfloat16, float16 or float32; give the unquantised base that it was "
+        "made from (its model card names it)"
+    )
+
+
+def _refuse_quantised_tensors(folder: Path, tensors: dict) -> None:
+    for name in tensors:
+        if QUANTISED.search(name):
+            raise _quantised(str(folder), f"it holds {name}")
+        if (kind := tensors[name].get_slice(name).get_dtype()).startswith("F8"):
+            raise _quantised(str(folder), f"FP8: {name} is of type {kind}")
+
+
 def model_config(folder: Path) -> ModelConfig:
     """The shape of the model in a folder. Raises InputError for what we cannot run."""
     hf = read_hf_config(folder)
+    with ExitStack() as files, suppress(OSError, SafetensorError):  # told when they are loaded
+        for name in sorted(folder.glob("*.safetensors")):
+            opened = files.enter_context(safe_open(name, framework="numpy"))
+            _refuse_quantised_tensors(folder, dict.fromkeys(opened.keys(), opened))
     try:
         config = ModelConfig.from_hf(hf)
     except InputError as error:
@@ -139,6 +186,7 @@ def filled(folder: Path, module: M, *, unused: Collection[str] = (), seed: int =
     graph, adapter, base = split(module)
     with ExitStack() as files:
         tensors = _open_all(folder, files)
+        _refuse_quantised_tensors(folder, tensors)
         flat = list(nnx.to_flat_state(base))
         _check(folder, tensors, flat, unused)
         base = nnx.from_flat_state(
@@ -156,9 +204,10 @@ def tensor_names(path: tuple, shape: tuple[int, ...]) -> list[str]:
 
 
 def _open_all(folder: Path, files: ExitStack) -> dict:
-    """Tensor name -> the open file that holds it."""
+    """Tensor name -> the open file that holds it. Where both are there, model.safetensors counts
+    and the index is another save's, as transformers has it."""
     index = folder / "model.safetensors.index.json"
-    if index.is_file():
+    if index.is_file() and not (folder / "model.safetensors").is_file():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
             if odd := [name for name in names if Path(name).name != name]:

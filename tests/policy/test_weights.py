@@ -11,8 +11,11 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from conftest import hf_config, random_ids, torch_logits, torch_model, write_checkpoint
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file as load_torch
+from safetensors.torch import save_file as save_torch
 
 import jgrpo
 from jgrpo.errors import InputError
@@ -120,6 +123,86 @@ def test_a_tensor_in_two_shards_is_refused(sharded):
 def test_a_damaged_index_is_called_so(sharded, text):
     (sharded / "model.safetensors.index.json").write_text(text)
     assert "model.safetensors.index.json is damaged" in refusal(sharded)
+
+
+def sharded_with_another_save(folder: Path) -> Path:
+    """Shards and index of one save, model.safetensors of a later one, as save_pretrained leaves."""
+    write_checkpoint(folder, hf_config("qwen3-tied"), max_shard_size="30KB")
+    later = torch_model(folder)
+    with torch.no_grad():
+        later.model.norm.weight.mul_(2)
+    later.save_pretrained(folder.parent / "later")
+    file = folder.parent / "later" / "model.safetensors"
+    (folder / "model.safetensors").write_bytes(file.read_bytes())
+    return folder
+
+
+@pytest.mark.parametrize("index", ["whole", "shards gone", "damaged", "leads elsewhere"])
+def test_beside_an_index_model_safetensors_counts_as_in_transformers(tmp_path, index):
+    folder = sharded_with_another_save(tmp_path / "a")
+    if index == "shards gone":
+        for shard in folder.glob("model-*"):
+            shard.unlink()
+    if index == "damaged":
+        (folder / "model.safetensors.index.json").write_text("{")
+    if index == "leads elsewhere":
+        (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../x"}}')
+    expected = torch_logits(torch_model(folder), random_ids(1, 8))
+    assert np.abs(load_model(folder)(random_ids(1, 8)) - expected).max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq, 4 bits"),
+        ({"quantization_config": {"quant_method": "awq", "bits": 4, "version": "gemm"}}, "awq"),
+        ({"quantization_config": {"quant_method": "fp8", "fmt": "e4m3"}}, "fp8"),
+        ({"quantization_config": {"quant_method": "compressed-tensors"}}, "compressed-tensors"),
+        ({"quantization_config": {"load_in_4bit": True}}, "bitsandbytes"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "bitsandbytes"),
+        ({"quantization": {"group_size": 64, "bits": 8}}, "mlx, 8 bits"),
+        ({"quantization": {"bits": 4}, "quantization_config": {"bits": 4}}, "mlx, 4 bits"),
+        ({"quantization_config": {"w": 1}}, "quantised (of an unnamed method)"),
+    ],
+    ids=str,
+)
+def test_a_quantised_model_is_refused_by_that_word(folder, fields, named):
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+    with pytest.raises(InputError, match=r"quantised.*give the unquantised base") as error:
+        model_config(folder)
+    assert named in str(error.value)
+
+
+@pytest.mark.parametrize("nothing", [None, {}])
+def test_an_empty_quantization_config_is_none(folder, nothing):
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": nothing}))
+    assert load_model(folder).config.vocab_size == 67
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        *("qweight", "qzeros", "scales", "g_idx", "weight_scale", "weight_scale_inv", "biases"),
+        *("weight.absmax", "weight.quant_map", "weight.quant_state.bitsandbytes__nf4", "SCB"),
+        *("weight_packed", "input_scale"),
+    ],
+)
+def test_tensors_of_a_quantised_model_are_told_before_the_run(folder, beside):
+    name = f"model.layers.0.self_attn.q_proj.{beside}"
+    change(folder, lambda tensors: tensors.update({name: np.ones(2, np.float32)}))
+    for read in (model_config, load_model):
+        with pytest.raises(InputError, match=rf"quantised \(it holds {re.escape(name)}\)"):
+            read(folder)
+
+
+def test_weights_in_fp8_without_scales_are_quantised_too(folder):
+    tensors = load_torch(folder / "model.safetensors")
+    tensors[UP] = tensors[UP].to(torch.float8_e4m3fn)
+    save_torch(tensors, folder / "model.safetensors")
+    with pytest.raises(InputError, match=f"quantised .FP8: {UP} is of type F8_E4M3"):
+        model_config(folder)
 
 
 @pytest.mark.parametrize(
