@@ -143,10 +143,11 @@ class Baseline:
         )
 
     def learn(self, lines: Sequence[dict]) -> list[dict[str, float]]:
-        """All updates on one rollout -> the loss and gradient norm of each. Every epoch cuts the
-        prompts into equal parts, in order; the old policy is the one before the first update."""
-        batch = self.with_others(self.batch(lines))
-        parts = torch.arange(len(lines)).chunk(self.config.updates_per_epoch)
+        """All updates on one rollout -> the loss and gradient norm of each. Every epoch deals
+        the prompts out into equal parts, in turn; the old policy is that before the first one."""
+        batch, n = self.with_others(self.batch(lines)), self.config.updates_per_epoch
+        prompts = torch.arange(len(lines)).view(-1, self.config.group_size)
+        parts = [prompts[first::n].flatten() for first in range(n)]
         assert len({len(part) for part in parts}) == 1, "updates_per_epoch must divide the prompts"
         return [
             self.update(batch.rows(part))

@@ -5,6 +5,7 @@ What stands in config.py is the only text: names, defaults, and the docstring be
 
 import ast
 import dataclasses
+import functools
 import inspect
 import re
 import textwrap
@@ -99,6 +100,7 @@ def plain(args: list[str]) -> list[str]:
     return words
 
 
+@functools.cache
 def sections() -> dict[str, list[str]]:
     """The sections of config.py, by title, and the names of the fields in each."""
     found: dict[str, list[str]] = {}
@@ -111,6 +113,7 @@ def sections() -> dict[str, list[str]]:
     return found
 
 
+@functools.cache
 def docs_of(kind: type) -> dict[str, str]:
     """The docstring below each field of a dataclass and its bases; lines of a paragraph joined."""
     docs: dict[str, str] = {}

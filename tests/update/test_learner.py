@@ -29,6 +29,7 @@ ADVANTAGES = np.array([0.7, -0.7, 1.3, -1.1, 0.0, 0.4, 0.9, -0.9], np.float32)
 LABELS = [[-(n + 1) / 4] * length for n, length in enumerate(LENGTHS)]  # sampler_logprobs
 ROWS = Rows([PROMPTS[n // 2 % 3] for n in range(8)], COMPLETIONS, LABELS, ADVANTAGES)
 TRUNCATED = np.isin(np.arange(8), [2, 7])
+HALVES = ([0, 1, 4, 5], [2, 3, 6, 7])  # groups dealt out in turn; 11 and 16 tokens
 FOUR_UPDATES = {"epochs_per_step": 2, "updates_per_epoch": 2, "use_token_level_loss": True,
                 "use_clip": True, "clip_eps": 0.01, "use_kl_penalty": True}  # fmt: skip
 TO_BASE = {"use_kl_penalty": True, "kl_to": "base"}
@@ -131,7 +132,7 @@ def with_zeros(advantages, where) -> np.ndarray:
 
 def test_four_updates_are_two_passes_over_two_halves_from_one_old_policy(parts, new_learner):
     """Against the loop written out: old logprobs of both halves before the first update, whole
-    groups together, and each half's own tokens (15 and 12) as its denominator."""
+    groups together, and each half's own tokens (11 and 16) as its denominator."""
     learner, before = new_learner(**FOUR_UPDATES), adapter_arrays(parts[1])
     update = learner.update
     learner.update = recorder = Recorder(update)
@@ -139,11 +140,11 @@ def test_four_updates_are_two_passes_over_two_halves_from_one_old_policy(parts, 
 
     adapter, base = jax.tree.map(jnp.copy, parts[1]), parts[2]
     state = update.optimizer.init(adapter)
-    halves = [batches(index=range(4)), batches(index=range(4, 8))]
+    halves = [batches(index=half) for half in HALVES]
     old = [update.logprobs(adapter, base, half) for half in halves]
     history = []
     for _ in range(2):
-        for half, n_tokens, o in zip(halves, (15.0, 12.0), old, strict=True):
+        for half, n_tokens, o in zip(halves, (11.0, 16.0), old, strict=True):
             adapter, state, values, _ = update(adapter, state, base, half, n_tokens, o)
             history.append(values)
 
@@ -152,7 +153,7 @@ def test_four_updates_are_two_passes_over_two_halves_from_one_old_policy(parts, 
     assert len(recorder.calls) == 4
     for tag in ("train/loss", "train/entropy", "train/kl", "train/clip_fraction"):
         assert metrics[tag] == pytest.approx(np.mean([h[tag] for h in history]), rel=1e-3)
-    assert metrics["tokens/trained"] == 2 * (15 + 12)
+    assert metrics["tokens/trained"] == 2 * (11 + 16)
     # The first ratio is 1, but for rounding; the second half's is not, nor any of the second pass.
     approx_kl = [float(values["train/approx_kl"]) for _, (values, _) in recorder.calls]
     assert approx_kl[0] < 1e-10
@@ -227,8 +228,8 @@ def test_a_completion_without_advantage_is_left_out_unless_it_can_pull(
     ("options", "denominators"),
     [
         ({}, [4, 4]),
-        ({"use_token_level_loss": True}, [15, 12]),
-        ({"loss_type": "cispo"}, [15, 12]),
+        ({"use_token_level_loss": True}, [11, 16]),
+        ({"loss_type": "cispo"}, [11, 16]),
         ({"loss_type": "dr_grpo"}, [28, 28]),  # 4 completions x max_tokens
         ({"loss_type": "gspo"}, [4, 4]),
         ({"loss_type": "rloo"}, [4, 4]),
@@ -237,13 +238,13 @@ def test_a_completion_without_advantage_is_left_out_unless_it_can_pull(
 )
 def test_a_part_is_whole_groups_and_has_its_own_denominator(new_learner, options, denominators):
     parts = new_learner(updates_per_epoch=2, **options).parts(ROWS)
-    assert [rows_in(part) for part in parts] == [[0, 1, 2, 3], [5, 6, 7]]
+    assert [rows_in(part) for part in parts] == [[0, 1, 5], [2, 3, 6, 7]]
     assert [part.denominator for part in parts] == denominators
     # Without two truncated ones, of 7 and 3 tokens, there are fewer tokens, but as many rows.
     parts = new_learner(updates_per_epoch=2, **options).parts(
         dataclasses.replace(ROWS, trained=~TRUNCATED)
     )
-    fewer = [8, 9] if denominators == [15, 12] else denominators
+    fewer = [11, 6] if denominators == [11, 16] else denominators
     assert [part.denominator for part in parts] == fewer
 
 
@@ -388,6 +389,10 @@ def test_the_constant_rate_is_logged_too(new_learner):
     assert learner.learn(ROWS)["train/lr"] == 0.01
 
 
+CLIP = {"clip_eps": 0.2, "clip_eps_high": None, "clip_delta": None}
+WEIGHTS = {"importance_cap": 2.0, "importance_mode": "token_truncate"}
+
+
 # -- what a config asks for -----------------------------------------------------------------------
 
 
@@ -396,9 +401,9 @@ def test_the_constant_rate_is_logged_too(new_learner):
     [
         ({}, "grpo", {}),
         ({"clip_eps": 0.3, "beta": 0.1, "importance_weight_cap": 3.0}, "grpo", {}),  # not asked for
-        ({"use_clip": True}, "grpo", {"clip_eps": 0.2, "clip_eps_high": None}),
+        ({"use_clip": True}, "grpo", CLIP),
         ({"use_clip": True, "clip_eps": 0.1, "clip_eps_high": 0.28, "loss_type": "gspo"},
-         "gspo", {"clip_eps": 0.1, "clip_eps_high": 0.28}),
+         "gspo", CLIP | {"clip_eps": 0.1, "clip_eps_high": 0.28}),
         ({"use_token_level_loss": True}, "grpo", {"token_level": True}),
         ({"loss_type": "gspo", "use_token_level_loss": True}, "gspo", {"token_level": True}),
         ({"loss_type": "dr_grpo"}, "dr_grpo", {"max_tokens": 7}),
@@ -409,9 +414,9 @@ def test_the_constant_rate_is_logged_too(new_learner):
         ({"use_kl_penalty": True}, "grpo", {"beta": 0.04, "kl_estimator": "k3"}),
         ({"use_kl_penalty": True, "beta": 0.5, "kl_estimator": "k2", "kl_to": "base"},
          "grpo", {"beta": 0.5, "kl_estimator": "k2"}),
-        ({"use_importance_weights": True}, "grpo", {"importance_cap": 2.0}),
+        ({"use_importance_weights": True}, "grpo", WEIGHTS),
         ({"use_importance_weights": True, "importance_weight_cap": 3.0},
-         "grpo", {"importance_cap": 3.0}),
+         "grpo", WEIGHTS | {"importance_cap": 3.0}),
         ({"entropy_coef": 0.01}, "grpo", {"entropy_coef": 0.01}),
     ],
     ids=str,
@@ -427,7 +432,7 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted(new_learner, bad):
     """Of two updates a rollout, each on half of the completions, the second is bad."""
     learner = new_learner(updates_per_epoch=2)
     state = jax.tree.map(jnp.copy, learner.state)  # the update eats it
-    advantages = np.array([*ADVANTAGES[:4], *[bad] * 4], np.float32)
+    advantages = np.where(np.isin(np.arange(8), HALVES[1]), np.float32(bad), ADVANTAGES)
     learner.update = recorder = Recorder(learner.update)
     metrics = learner.learn(dataclasses.replace(ROWS, advantages=advantages))
     assert (metrics["train/skipped_updates"], learner.skipped_in_a_row) == (1, 1)
