@@ -1,7 +1,8 @@
 """The model's own tokenizer: loading it, the ids that end a completion, and its chat template."""
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,11 +13,15 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from jgrpo.errors import InputError
 
+MARK = "answer-7351"
+"""Stands for an answer where only the text behind it is of interest."""
+
 
 def load_tokenizer(model_id: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a hub id or folder; code that a model brings along is never run.
 
-    InputError if there is none, or if it has more tokens than the model.
+    InputError if there is none, or if it has tokens that the model has not. One that nothing here
+    writes, such as a [PAD] that was added for padding, does no harm.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_id, trust_remote_code=False)
@@ -30,34 +35,105 @@ def load_tokenizer(model_id: str) -> PreTrainedTokenizerBase:
             f"{first_line}); give a folder with tokenizer.json and "
             "tokenizer_config.json, or a hub id that this machine can reach"
         ) from error
-    vocab_size = _read_model_json(model_id, "config.json").get("vocab_size", len(tokenizer))
-    if len(tokenizer) > vocab_size:
+    vocab_size = _vocab_size(model_id)
+    if needed := [t for t in _beyond(tokenizer, vocab_size) if _may_be_written(tokenizer, t)]:
         raise InputError(
             f"model_id={model_id}: the tokenizer has {len(tokenizer)} tokens, config.json makes it "
-            f"vocab_size={vocab_size}; put the model's own tokenizer there"
+            f"vocab_size={vocab_size}, and {needed[0]!r} is beyond; put the model's own tokenizer "
+            "there"
         )
     return tokenizer
 
 
-def stop_token_ids(tokenizer: PreTrainedTokenizerBase, model_id: str) -> tuple[int, ...]:
-    """The ids that end a completion, sorted: the tokenizer's, generation_config's and config's.
+def _vocab_size(model_id: str) -> float:
+    return _read_model_json(model_id, "config.json").get("vocab_size") or math.inf
 
-    They differ (Qwen3 chat: 151645; its generation_config adds 151643). A hub file that cannot be
-    reached counts as absent. Raises InputError if no id is found.
+
+def _beyond(tokenizer: PreTrainedTokenizerBase, vocab_size: float) -> list[str]:
+    return sorted(token for token, i in tokenizer.get_vocab().items() if i >= vocab_size)
+
+
+def _may_be_written(tokenizer: PreTrainedTokenizerBase, token: str) -> bool:
+    """Is a token more than a special one that neither the chat template nor the tokenizer adds?"""
+    always = (tokenizer.eos_token, tokenizer.bos_token, tokenizer.unk_token)
+    templates = str(tokenizer.chat_template or "")
+    return token not in tokenizer.all_special_tokens or token in always or token in templates
+
+
+def refuse_ids_beyond(
+    vocab_size: int, tokenizer: PreTrainedTokenizerBase, prompts: Iterable[Sequence[int]]
+) -> None:
+    """InputError for a prompt that holds a token which the model has not."""
+    for prompt in prompts:
+        if (last := max(prompt, default=0)) >= vocab_size:
+            raise InputError(
+                f"a prompt holds {tokenizer.decode([last])!r}, token {last}, and the model has "
+                f"vocab_size={vocab_size}: {tokenizer.decode([*prompt])!r:.80}; change the problem, "
+                "or take the model's own tokenizer"
+            )
+
+
+def stop_token_ids(tokenizer: PreTrainedTokenizerBase, model_id: str) -> tuple[int, ...]:
+    """The ids that end a completion, sorted: the tokenizer's, generation_config's and config's, and
+    the token with which the chat template ends a turn.
+
+    They differ (Qwen3 chat: 151645; its generation_config adds 151643; Qwen3-Base names 151643
+    alone, and its template ends turns with 151645). A hub file that cannot be reached counts as
+    absent. InputError if no id is found, or one beyond the model's vocabulary.
     """
-    ids = {tokenizer.eos_token_id}
-    for name in ("generation_config.json", "config.json"):
-        eos = _read_model_json(model_id, name).get("eos_token_id")
-        found = eos if isinstance(eos, list) else [eos]
-        if not all(i is None or isinstance(i, int) for i in found):
-            raise InputError(f"model_id={model_id}: {name}: eos_token_id={eos!r}: needs token ids")
-        ids.update(found)
-    if not (stop := sorted(i for i in ids if i is not None)):
+    stop = sorted({*_eos_ids(tokenizer, model_id), *end_of_turn(tokenizer)})
+    if not stop:
         raise InputError(
             f"model_id={model_id}: no eos_token_id in the tokenizer, generation_config.json or "
             "config.json: completions could never end; set one in generation_config.json"
         )
     return tuple(stop)
+
+
+def told_of_stops(tokenizer: PreTrainedTokenizerBase, model_id: str) -> list[str]:
+    """A line where the chat template ends turns with another token than the model's eos."""
+    eos = _eos_ids(tokenizer, model_id)
+    named = ", ".join(map(str, tokenizer.convert_ids_to_tokens(sorted(eos)))) or "none"
+    return [
+        f"completions end at {tokenizer.convert_ids_to_tokens(i)} too (token {i}): the chat template ends turns "
+        f"with it, the model's own eos is {named}"
+        for i in end_of_turn(tokenizer)
+        if i not in eos
+    ]
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The added token that the chat template writes right behind an answer, if it does."""
+    if tokenizer.chat_template is None:
+        return ()
+    turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": MARK}]
+    try:
+        text = cast(str, tokenizer.apply_chat_template(turns, tokenize=False))
+    except (jinja2.TemplateError, ValueError, TypeError, OverflowError):
+        return ()  # `render` says so, of the prompts themselves
+    _, mark, behind = text.rpartition(MARK)
+    ids = tokenizer(behind.lstrip(), add_special_tokens=False).input_ids if mark else []
+    return tuple(i for i in ids[:1] if i in tokenizer.added_tokens_decoder)
+
+
+def _eos_ids(tokenizer: PreTrainedTokenizerBase, model_id: str) -> set[int]:
+    """Those that the model's files name."""
+    named: list[tuple[str, Any]] = [("the tokenizer", tokenizer.eos_token_id)]
+    for name in ("generation_config.json", "config.json"):
+        named.append((name, _read_model_json(model_id, name).get("eos_token_id")))
+    vocab_size, ids = _vocab_size(model_id), set()
+    for where, eos in named:
+        found = [i for i in (eos if isinstance(eos, list) else [eos]) if i is not None]
+        if not all(isinstance(i, int) for i in found):
+            raise InputError(f"model_id={model_id}: {where}: eos_token_id={eos!r}: needs token ids")
+        if odd := [i for i in found if not 0 <= i < vocab_size]:
+            raise InputError(
+                f"model_id={model_id}: {where}: eos_token_id={odd[0]} is beyond the model's "
+                f"vocab_size={vocab_size}, so that completions could not end with it; set the "
+                "token with which the model ends its answers"
+            )
+        ids.update(found)
+    return ids
 
 
 def _read_model_json(model_id: str, name: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import jgrpo
 from jgrpo.policy.lora import split
 from jgrpo.policy.weights import model_folder
-from jgrpo.prompts.tokenizer import load_tokenizer, render, stop_token_ids
+from jgrpo.prompts.tokenizer import load_tokenizer, refuse_ids_beyond, render, stop_token_ids
 from jgrpo.rollout.embedded import JaxSampler
 from jgrpo.rollout.protocol import prompt_seeds
 
@@ -31,6 +31,7 @@ def generate(
     stops = stop_token_ids(tokenizer, folder)
     _, prompts = render(tokenizer, messages, enable_thinking=enable_thinking)
     model = jgrpo.load_model(folder, lora_r=1, adapter=adapter, dtype=dtype)
+    refuse_ids_beyond(model.config.vocab_size, tokenizer, prompts)
     n_rows = len(prompts) * group_size
     sampler = JaxSampler(
         *split(model), stop_token_ids=stops, max_tokens=max_tokens, max_rows=n_rows

@@ -29,7 +29,12 @@ from jgrpo.policy.weights import (
     weights_fingerprint,
 )
 from jgrpo.prompts.problems import Problem, load_problems
-from jgrpo.prompts.tokenizer import load_tokenizer, stop_token_ids
+from jgrpo.prompts.tokenizer import (
+    load_tokenizer,
+    refuse_ids_beyond,
+    stop_token_ids,
+    told_of_stops,
+)
 from jgrpo.rollout.embedded import JaxSampler
 from jgrpo.rollout.protocol import Completion, Sampler
 from jgrpo.rollout.vllm import VllmSampler
@@ -111,7 +116,7 @@ def configure_jax() -> None:
 def open_problems(config: Config) -> Problems:
     """Tokenizer and problems; the model's config is read too, so that all bad input shows."""
     folder = str(model_folder(config.model_id))
-    model_config(Path(folder))
+    vocab_size = model_config(Path(folder)).vocab_size
     n_positions = read_hf_config(Path(folder)).max_position_embeddings
     if config.max_model_len > n_positions:
         raise InputError(
@@ -133,7 +138,9 @@ def open_problems(config: Config) -> Problems:
         answer_column=config.answer_column,
         system_prompt=config.system_prompt,
     )
-    stops = stop_token_ids(tokenizer, folder)
+    prompts = (problem.prompt_ids for problem in (*train, *evaluation))
+    refuse_ids_beyond(vocab_size, tokenizer, prompts)
+    stops, report = stop_token_ids(tokenizer, folder), [*report, *told_of_stops(tokenizer, folder)]
     return Problems(tokenizer, stops, train, evaluation, report)
 
 

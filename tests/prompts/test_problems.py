@@ -238,7 +238,7 @@ def test_stop_tokens_come_from_all_three_files(tmp_path):
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [9, 1]}')
     (tmp_path / "config.json").write_text('{"eos_token_id": 5}')
     assert stop_token_ids(tokenizer, str(tmp_path)) == (1, 5, 9)
-    tokenizer.eos_token = None
+    tokenizer.eos_token = tokenizer.chat_template = None
     assert stop_token_ids(tokenizer, str(tmp_path)) == (1, 5, 9)
     for name in ("generation_config.json", "config.json"):
         (tmp_path / name).write_text("{}")
