@@ -4,6 +4,11 @@ Merged into its base as a Hugging Face checkpoint, or as it is; on the hub with 
 wrote. The token is the one that huggingface_hub finds (HF_TOKEN, `hf auth login`).
 """
 
+from jgrpo.errors import stop_at_once
+
+if __name__ == "__main__":
+    stop_at_once()
+
 import json
 from dataclasses import dataclass
 from pathlib import Path

@@ -4,6 +4,11 @@ The groups of a step, each with its problem, gold answer and completions: right 
 parts of the reward. What could steer the terminal is shown as an escape.
 """
 
+from jgrpo.errors import stop_at_once
+
+if __name__ == "__main__":
+    stop_at_once()
+
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass

@@ -3,6 +3,11 @@
 It is served on this machine alone, until Ctrl-C, or written as one file that can be sent.
 """
 
+from jgrpo.errors import stop_at_once
+
+if __name__ == "__main__":
+    stop_at_once()
+
 import webbrowser
 from collections.abc import Sequence
 from dataclasses import dataclass

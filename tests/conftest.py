@@ -22,6 +22,7 @@ if (shared := os.environ.get("JAX_COMPILATION_CACHE_DIR")) and (
 from itertools import groupby
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -38,21 +39,22 @@ def pytest_addoption(parser):
     parser.addoption("--all", action="store_true", help="every test, the long ones and vLLM's too")
 
 
-def pytest_collection_modifyitems(config, items):
-    """Without --all, -m or a test's name: what takes less than five minutes."""
+def is_short(config) -> bool:
+    """A bare pytest: without --all, -m or a test's name, what takes less than five minutes."""
     named = any("::" in word for word in config.args)
-    if config.getoption("--all") or config.getoption("-m") or named:
-        return
-    long = [
-        item for item in items if {"slow", "vllm"} & {mark.name for mark in item.iter_markers()}
-    ]
-    items[:] = [item for item in items if item not in set(long)]
-    config.hook.pytest_deselected(items=long)
+    return not (config.getoption("--all") or config.getoption("-m") or named)
+
+
+def pytest_collection_modifyitems(config, items):
+    if is_short(config):
+        long = [item for item in items if any(map(item.get_closest_marker, ("slow", "vllm")))]
+        items[:] = [item for item in items if item not in long]
+        config.hook.pytest_deselected(items=long)
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    if left := terminalreporter.stats.get("deselected"):
-        terminalreporter.write_line(f"{len(left)} longer tests were left out: pytest --all")
+    if is_short(config):
+        terminalreporter.write_line("the long tests, and vLLM's, were left out: pytest --all")
 
 
 # A shell's background jobs ignore Ctrl-C, and so would all that a test starts.
@@ -218,3 +220,10 @@ def shared_compilation_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "xla"))
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Compiled programs are most of a worker's memory, and of no use to the next file."""
+    yield
+    jax.clear_caches()

@@ -183,6 +183,7 @@ def test_a_config_file_is_code_and_the_readme_says_so(tmp_path, sprung):
 HOSTILE = ("../../x", "/x/y", "a\0b", "~/x", "$(mkdir x)", "\x1b]0;x\a", "%2e%2e%2fx", "CON")
 
 
+@pytest.mark.slow
 def test_a_run_passes_by_pickles_and_writes_within_its_folder_alone(
     root, sprung, pickled, monkeypatch
 ):

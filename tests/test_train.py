@@ -195,6 +195,7 @@ def test_the_same_config_gives_the_same_run_to_the_bit(run, root):
         assert (again / "rollouts" / file.name).read_bytes() == file.read_bytes()
 
 
+@pytest.mark.slow
 def test_another_seed_gives_another_run(run, root):
     other = train(tiny_config(root, seed=43, n_grpo_steps=1, eval_every=0))
     assert not same_bits(arrays_of(other / "adapters/step_000000"),
@@ -204,6 +205,7 @@ def test_another_seed_gives_another_run(run, root):
     ]
 
 
+@pytest.mark.slow
 def test_a_run_that_is_made_longer_is_the_longer_run(run, root):
     config = tiny_config(root, n_grpo_steps=2)
     short = train(config)
@@ -217,6 +219,7 @@ def test_a_run_that_is_made_longer_is_the_longer_run(run, root):
     assert resume.keys() > {"command", "git_commit", "versions", "hardware", "devices"}
 
 
+@pytest.mark.slow
 def test_updates_that_are_not_finite_are_skipped_and_three_in_a_row_end_the_run(
     root, monkeypatch, capsys
 ):
@@ -290,6 +293,7 @@ def start(*args: str) -> subprocess.Popen:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_with_130_and_the_command_that_goes_on(root, tmp_path):
     folder = tmp_path / "run"
     config = tiny_config(root, n_grpo_steps=100_000, eval_every=0, run_dir=str(folder))
@@ -388,6 +392,7 @@ def small_disk(tmp_path):
 
 
 @pytest.mark.parametrize("room_bytes", [4_096, 20_480, 45_056, 98_304, 147_456])
+@pytest.mark.slow
 def test_a_full_disk_ends_the_run_and_with_room_it_goes_on(
     room_bytes, run, root, small_disk, monkeypatch
 ):

@@ -209,6 +209,7 @@ def test_a_layer_keeps_what_matmuls_gave_and_its_weights_once():
     ])  # fmt: skip
 
 
+@pytest.mark.slow
 def test_what_is_computed_again_is_no_matmul(monkeypatch):
     config, attend = ModelConfig.from_hf(hf_config("qwen3-tied")), full_attention(jnp.ones((2, 64)))
 

@@ -163,6 +163,7 @@ def test_each_of_these_mistakes_would_show(folder, rewards, mistake):
         assert np.abs(scores - reference(*pair, **mistake)).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_neither_batch_size_nor_padding_nor_company_changes_a_score(folder, rewards):
     alone = [rewards.step_scores([pair])[0] for pair in PAIRS]
     for batch_size in (1, 3, 16):
@@ -433,6 +434,7 @@ def test_training_rows_mark_their_steps_as_the_labels_say():
     assert min(n_right, n_wrong) > 50
 
 
+@pytest.mark.slow
 def test_no_held_out_problem_is_trained_on(monkeypatch):
     _, held_out = tiny.problem_sets(tiny.N_TRAIN, tiny.N_EVAL, seed=0)
     real, taught = tiny_prm.solution, []
@@ -448,6 +450,7 @@ def shipped() -> ProcessRewards:
     return ProcessRewards(SHIPPED, dtype="float32", batch_size=64)
 
 
+@pytest.mark.slow
 def test_the_shipped_model_puts_care_above_haste_on_held_out_problems(shipped):
     _, held_out = tiny.problem_sets(tiny.N_TRAIN, tiny.N_EVAL, seed=0)
     some = dict(list(held_out.items())[:150])

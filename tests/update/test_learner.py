@@ -182,6 +182,7 @@ def test_the_largest_gap_to_the_sampler_is_that_of_all_updates(new_learner):
     assert metrics["sampler/logprob_diff_max"] == max(gaps) > min(gaps)
 
 
+@pytest.mark.slow
 def test_micro_batches_change_nothing(parts, new_learner):
     before = adapter_arrays(parts[1])
     two_updates = FOUR_UPDATES | {"epochs_per_step": 1}
@@ -318,6 +319,7 @@ def test_without_a_kl_to_the_base_no_pass_is_spent_on_it(new_learner, options):
     learner.learn(ROWS)
 
 
+@pytest.mark.slow
 def test_kl_and_entropy_pull_without_any_advantage(parts, new_learner):
     """The gradient, as Adam's first moment keeps it (a tenth), against finite differences of
     0.01 KL - 0.2 entropy, means over the 27 tokens, along random directions."""
