@@ -561,8 +561,8 @@ ADAPTERS = {
     "adapter config a list": of(write(ADAPTER_CONFIG, "[]"), "is damaged", line=EVALUATE),
     "rank as text": of(fields(ADAPTER_CONFIG, r="8"), "r='8'", line=EVALUATE),
     "DoRA": of(fields(ADAPTER_CONFIG, use_dora=True), "only plain LoRA", "use_dora", line=EVALUATE),
-    "targets by pattern": of(
-        fields(ADAPTER_CONFIG, target_modules="all-linear"), "'all-linear'", line=EVALUATE
+    "targets a number": of(
+        fields(ADAPTER_CONFIG, target_modules=3), "target_modules=3", line=EVALUATE
     ),
     "unknown target": of(
         fields(ADAPTER_CONFIG, target_modules=["c_attn"]), "['c_attn'] are none of", line=EVALUATE
@@ -575,7 +575,7 @@ ADAPTERS = {
     "adapter missing": of(remove(ADAPTER), "cannot be read as safetensors", line=EVALUATE),
     "adapter a pickle": of(
         both(remove(ADAPTER), write("run/adapters/step_000002/adapter_model.bin", b"\x80\x04.")),
-        "cannot be read as safetensors", line=EVALUATE,
+        "adapter_model.bin is a pickle", "convert it with PEFT", line=EVALUATE,
     ),
     "adapter NaN": of(
         tensors(ADAPTER, put(Q_A, (0, 0), np.nan)), f"{Q_A} is not finite", line=EVALUATE

@@ -112,21 +112,76 @@ def read_config(folder: Path) -> AdapterConfig:
         raise InputError(f"{folder} is no PEFT adapter: it has no {CONFIG_FILE}") from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{file} is damaged: {type(error).__name__}: {error}") from None
-    odd = [k for k, plain in UNSUPPORTED.items() if peft.get(k) not in (plain, None)]
+    _refuse_a_pickle(folder)
+    odd = [k for k, plain in UNSUPPORTED.items() if peft.get(k) not in (plain, None, [], {})]
     if str(peft.get("init_lora_weights")).startswith(INIT_CHANGES_BASE):
         odd.append("init_lora_weights")  # PEFT then trains against another base than the plain one
-    if odd or not isinstance(targets, list):
-        what = ", ".join(f"{k}={peft[k]!r}" for k in odd) or f"target_modules={targets!r}"
-        raise InputError(f"{file}: only plain LoRA with a list of targets is read, not {what}")
+    if odd:
+        what = ", ".join(f"{k}={peft[k]!r}" for k in odd)
+        raise InputError(f"{file}: only plain LoRA is read, not {what}")
+    names = [targets] if targets is None or isinstance(targets, str) else targets
+    if not (isinstance(names, list) and all(n is None or isinstance(n, str) for n in names)):
+        raise InputError(f"{file} is damaged: target_modules={targets!r}: must name modules")
     for name, value, types in (("r", rank, (int,)), ("lora_alpha", alpha, (int, float))):
         if type(value) not in types or not 0 < value < 2**31:
             raise InputError(f"{file} is damaged: {name}={value!r}: must be a positive number")
     if peft.get("use_rslora"):  # PEFT then scales by alpha / sqrt(r)
         alpha = alpha * math.sqrt(rank)
+    if _is_a_choice(peft):
+        return AdapterConfig(rank, alpha, _targets_of_tensors(folder))
     unknown = [t for t in targets if t not in PROJECTIONS]
     if unknown or not targets:
         raise InputError(f"{file}: target_modules {unknown} are none of {', '.join(PROJECTIONS)}")
     return AdapterConfig(rank, alpha, tuple(targets))
+
+
+def _is_a_choice(peft: dict) -> bool:
+    """Do the targets choose among modules, by a pattern, by whole names or by what they exclude?
+    Then a projection may have an adapter in some layers only, and the tensors say in which."""
+    targets = peft.get("target_modules")
+    whole = isinstance(targets, list) and any("." in name for name in targets)
+    return whole or not isinstance(targets, list) or bool(peft.get("exclude_modules"))
+
+
+def _targets_of_tensors(folder: Path) -> tuple[str, ...]:
+    names = {key.split(".")[-3] for key in _tensors(folder) if ".lora_" in key}
+    if unknown := sorted(names - set(PROJECTIONS)):
+        raise InputError(
+            f"{folder}/{WEIGHTS_FILE}: it adapts {unknown}, which are none of "
+            f"{', '.join(PROJECTIONS)}"
+        )
+    if not names:
+        raise InputError(f"{folder}/{WEIGHTS_FILE} holds no adapter (no lora_A, no lora_B)")
+    return tuple(name for name in PROJECTIONS if name in names)
+
+
+def _refuse_a_pickle(folder: Path) -> None:
+    pickle = Path(folder) / "adapter_model.bin"
+    if pickle.is_file() and not (Path(folder) / WEIGHTS_FILE).is_file():
+        raise InputError(
+            f"{pickle} is a pickle, which can run code and is never read; convert it with PEFT: "
+            f"PeftModel.from_pretrained(BASE, {str(folder)!r}).save_pretrained(FOLDER)"
+        )
+
+
+def _tensors(folder: Path) -> dict[str, np.ndarray]:
+    file = Path(folder) / WEIGHTS_FILE
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{file} cannot be read as safetensors: {error}") from None
+
+
+def _some_layers_only(folder: Path) -> bool:
+    try:
+        return _is_a_choice(json.loads((Path(folder) / CONFIG_FILE).read_text()))
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
+        return False
+
+
+def _other_half(key: str) -> str:
+    a, b = ".lora_A.", ".lora_B."
+    return key.replace(a, b) if a in key else key.replace(b, a)
 
 
 def load(folder: Path, like: nnx.State) -> nnx.State:
@@ -135,17 +190,17 @@ def load(folder: Path, like: nnx.State) -> nnx.State:
     float32, whatever the file's type. InputError names the tensors that are missing, unexpected,
     of another shape, or not finite. Scale is not stored in arrays: compare `read_config`.
     """
-    file = Path(folder) / WEIGHTS_FILE
-    try:
-        tensors = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{file} cannot be read as safetensors: {error}") from None
+    file, tensors = Path(folder) / WEIGHTS_FILE, _tensors(folder)
+    may_lack = _some_layers_only(folder)
+    whole = set(tensors)
     problems, flat = [], []
     for path, leaf in nnx.to_flat_state(like):
         array = np.zeros(leaf.shape, np.float32)
         for i in range(leaf.shape[0]):
             key = _peft_key(path, i)
             tensor = tensors.pop(key, None)
+            if tensor is None and may_lack and _other_half(key) not in whole:
+                continue  # this layer has none: A = B = 0
             if tensor is None:
                 problems.append(f"{key} is missing")
             elif tensor.T.shape != array[i].shape:

@@ -68,8 +68,8 @@ def refuse_ids_beyond(
         if (last := max(prompt, default=0)) >= vocab_size:
             raise InputError(
                 f"a prompt holds {tokenizer.decode([last])!r}, token {last}, and the model has "
-                f"vocab_size={vocab_size}: {tokenizer.decode([*prompt])!r:.80}; change the problem, "
-                "or take the model's own tokenizer"
+                f"vocab_size={vocab_size}: {tokenizer.decode([*prompt])!r:.80}; change the "
+                "problem, or take the model's own tokenizer"
             )
 
 
@@ -95,8 +95,8 @@ def told_of_stops(tokenizer: PreTrainedTokenizerBase, model_id: str) -> list[str
     eos = _eos_ids(tokenizer, model_id)
     named = ", ".join(map(str, tokenizer.convert_ids_to_tokens(sorted(eos)))) or "none"
     return [
-        f"completions end at {tokenizer.convert_ids_to_tokens(i)} too (token {i}): the chat template ends turns "
-        f"with it, the model's own eos is {named}"
+        f"completions end at {tokenizer.convert_ids_to_tokens(i)} too (token {i}): the chat "
+        f"template ends turns with it, the model's own eos is {named}"
         for i in end_of_turn(tokenizer)
         if i not in eos
     ]

@@ -78,6 +78,14 @@ def test_peft_uses_every_tensor_that_we_save(checkpoint, tmp_path):
         {"target_modules": ["q_proj", "v_proj"]},
         {"use_rslora": True},  # PEFT then scales by alpha / sqrt(r)
         {"lora_alpha": 3, "target_modules": ["down_proj", "k_proj", "o_proj"]},
+        {"target_modules": "all-linear"},
+        {"target_modules": r".*\.(q_proj|down_proj)"},
+        {"target_modules": r"model\.layers\.[02]\.self_attn\.(k|v)_proj"},  # two layers of three
+        {"target_modules": ["self_attn.q_proj", "mlp.up_proj"]},
+        {"target_modules": ["model.layers.1.self_attn.o_proj", "layers.2.mlp.gate_proj"]},
+        {"target_modules": "all-linear", "exclude_modules": ["up_proj", "k_proj"]},
+        {"exclude_modules": r".*\.layers\.1\..*"},
+        {"modules_to_save": []},
     ],
     ids=str,
 )
@@ -169,7 +177,8 @@ def test_a_target_without_tensors_is_refused(checkpoint, folder):
         ({"alpha_pattern": {"q_proj": 8}}, "alpha_pattern="),
         ({"layers_to_transform": [0]}, "layers_to_transform="),
         ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens="),
-        ({"target_modules": "all-linear"}, "target_modules='all-linear'"),
+        ({"target_modules": 3}, "target_modules=3"),
+        ({"target_modules": [["q_proj"]]}, "target_modules=[['q_proj']]"),
         ({"r": ...}, "is damaged: KeyError: 'r'"),
     ],
     ids=str,
@@ -177,6 +186,28 @@ def test_a_target_without_tensors_is_refused(checkpoint, folder):
 def test_what_is_not_plain_lora_is_refused_by_name(checkpoint, folder, fields, named):
     change_config(folder, **fields)
     assert named in refusal(checkpoint, folder)
+
+
+def test_half_an_adapter_is_refused_by_a_pattern_too(checkpoint, folder):
+    change_config(folder, target_modules="all-linear")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    key = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    del tensors[key]
+    save_file(tensors, folder / "adapter_model.safetensors")
+    assert f"{key} is missing" in refusal(checkpoint, folder)
+
+
+def test_a_pattern_that_reaches_the_head_is_refused(checkpoint, tmp_path):
+    base = checkpoint("qwen3-untied")
+    peft_adapter(base, tmp_path, target_modules=r".*q_proj|lm_head")
+    with pytest.raises(InputError, match=r"it adapts .'lm_head'.*none of q_proj"):
+        jgrpo.load_model(str(base), adapter=tmp_path)
+
+
+def test_a_pickle_alone_is_named_with_the_remedy(checkpoint, folder):
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    assert "adapter_model.bin is a pickle" in refusal(checkpoint, folder)
+    assert "convert it with PEFT" in refusal(checkpoint, folder)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3"])
