@@ -82,6 +82,14 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+# With a head width of 16 and theta 100, pair 0 turns 41 times in 256 positions and pair 6 once:
+# all three ranges of YaRN occur.
+YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 1e2,
+    "factor": 4.0,
+    "original_max_position_embeddings": 256,
+}
 KINDS = {
     # Qwen3 with a head width of 16, although 32 / 4 = 8.
     "qwen3-tied": (Qwen3Config, {"head_dim": 16, "tie_word_embeddings": True}),
@@ -92,6 +100,15 @@ KINDS = {
         LlamaConfig,
         {"head_dim": 16, "tie_word_embeddings": False, "rope_parameters": LLAMA3_ROPE},
     ),
+}
+KINDS |= {
+    name: (Qwen3Config, {"head_dim": 16, "rope_parameters": YARN_ROPE | own})
+    for name, own in {
+        "yarn": {},
+        "yarn-given-factor": {"attention_factor": 0.8, "factor": 8.0},
+        "yarn-mscale": {"mscale": 2.0, "mscale_all_dim": 0.5},
+        "yarn-betas": {"beta_fast": 8, "beta_slow": 2, "truncate": False},
+    }.items()
 }
 PROMPTS = [[5, 9, 11], [7, 3, 2, 8, 13, 1, 30], [4]]
 

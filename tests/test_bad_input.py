@@ -374,9 +374,8 @@ MODELS = {
     ),
     "rope scaling": of(
         fields("base/config.json", rope_parameters={
-            "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0,
-            "original_max_position_embeddings": 64}),
-        "rope_type='yarn' (supported: default, llama3)",
+            "rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}),
+        "rope_type='linear' (supported: default, llama3, yarn)",
     ),
     "no tokenizer": of(
         both(remove("base/tokenizer.json"), remove("base/tokenizer_config.json")),

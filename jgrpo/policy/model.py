@@ -4,7 +4,7 @@ Axes: N rows, T tokens, D model width, F feed-forward width, H query heads, K ke
 C head width, V vocabulary, L layers, R rank. Attributes are named as in the Hugging Face
 checkpoint; layers are stacked along a leading L axis and scanned, so that 28 compile like 2.
 What attention sees is the caller's business (`Attend`): the trainer masks, the sampler caches.
-Left out on purpose: dropout, sliding windows, mixture of experts, rope types but two.
+Left out on purpose: dropout, sliding windows, mixture of experts, rope types but three.
 
     logits = model(ids)        # int32 [N, T] -> float32 [N, T, V]
 """
@@ -24,6 +24,8 @@ from jgrpo.policy.lora import LoRADense, split
 from jgrpo.policy.remat import is_kept, keep
 from jgrpo.policy.tape import Tape, taped_scan
 
+ROPE_TYPES = ("default", "llama3", "yarn")
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -40,6 +42,8 @@ class ModelConfig:
     rope_theta: float
     rope_llama3: tuple[float, float, float, float] | None
     """factor, low_freq_factor, high_freq_factor, original_max_position_embeddings"""
+    rope_yarn: tuple[float, float, float, float] | None
+    """factor, the pairs of C from which and up to which it sets in, what cos and sin grow by"""
     qkv_bias: bool
     qk_norm: bool
     tied_head: bool
@@ -53,10 +57,18 @@ class ModelConfig:
                 f"model_type={hf.model_type!r} is not supported; supported: {', '.join(kinds)}"
             )
         qkv_bias, qk_norm = kinds[hf.model_type]
-        rope = hf.rope_parameters
+        rope = hf.rope_parameters or {}
+        if nested := [name for name, value in rope.items() if isinstance(value, dict)]:
+            raise InputError(
+                f"{hf.model_type} with rope_parameters by layer type ({', '.join(nested)}) is not "
+                "supported: every layer has the same"
+            )
+        if missing := [name for name in ("rope_type", "rope_theta") if rope.get(name) is None]:
+            raise InputError(f"{hf.model_type}: rope_parameters has no {', '.join(missing)}")
         unsupported = {
-            f"rope_type={rope['rope_type']!r} (supported: default, llama3)": rope["rope_type"]
-            not in ("default", "llama3"),
+            f"rope_type={rope['rope_type']!r} (supported: {', '.join(ROPE_TYPES)})": (
+                rope["rope_type"] not in ROPE_TYPES
+            ),
             f"hidden_act={hf.hidden_act!r} (supported: silu)": hf.hidden_act != "silu",
             "attention_bias=True": getattr(hf, "attention_bias", False),
             "mlp_bias=True": getattr(hf, "mlp_bias", False),
@@ -65,6 +77,7 @@ class ModelConfig:
         }
         if found := [name for name, present in unsupported.items() if present]:
             raise InputError(f"{hf.model_type} with " + " and ".join(found) + " is not supported")
+        head_width = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
         llama3 = None
         if rope["rope_type"] == "llama3":
             length = rope["original_max_position_embeddings"]
@@ -75,11 +88,12 @@ class ModelConfig:
             ff_width=hf.intermediate_size,
             n_heads=hf.num_attention_heads,
             n_kv_heads=hf.num_key_value_heads,
-            head_width=getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
+            head_width=head_width,
             vocab_size=hf.vocab_size,
             rms_eps=hf.rms_norm_eps,
             rope_theta=float(rope["rope_theta"]),
             rope_llama3=llama3,
+            rope_yarn=_yarn(rope, head_width) if rope["rope_type"] == "yarn" else None,
             qkv_bias=qkv_bias,
             qk_norm=qk_norm,
             tied_head=hf.tie_word_embeddings,
@@ -104,8 +118,39 @@ def rotary_angles(config: ModelConfig, positions: jax.Array) -> tuple[jax.Array,
         turns = length * frequency / (2 * math.pi)
         smooth = jnp.clip((turns - low) / (high - low), 0, 1)  # 0: slow, stretched; 1: kept
         frequency = frequency * (smooth + (1 - smooth) / factor)
+    grown = 1.0
+    if config.rope_yarn is not None:
+        factor, first, last, grown = config.rope_yarn
+        stretched = jnp.clip((jnp.arange(len(half)) - first) / (last - first), 0, 1)
+        frequency = frequency * (1 - stretched + stretched / factor)
     angles = positions[..., None, None] * frequency
-    return jnp.cos(angles), jnp.sin(angles)
+    return jnp.cos(angles) * grown, jnp.sin(angles) * grown
+
+
+def _yarn(rope: dict[str, Any], head_width: int) -> tuple[float, float, float, float]:
+    """What config.json says of YaRN (Peng et al. 2023, sections 3.2 and 3.4) as `rope_yarn`."""
+    names = ("factor", "original_max_position_embeddings")
+    if missing := [name for name in names if not rope.get(name)]:
+        raise InputError(f"rope_type='yarn' without {' and '.join(missing)}")
+    factor, length = (rope[name] for name in names)
+    fast, slow = rope.get("beta_fast") or 32, rope.get("beta_slow") or 1
+
+    def pair(turns: float) -> float:
+        """The pair of C that turns so often over the original length."""
+        return head_width * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    theta = rope["rope_theta"]
+    first, last = pair(fast), pair(slow)
+    if rope.get("truncate", True):
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, head_width - 1)
+    last += 0.001 * (first == last)
+    grown = rope.get("attention_factor")
+    if grown is None:
+        scales = rope.get("mscale"), rope.get("mscale_all_dim")
+        growth = lambda m: 0.1 * m * math.log(factor) + 1 if factor > 1 else 1.0  # noqa: E731
+        grown = growth(scales[0]) / growth(scales[1]) if all(scales) else growth(1)
+    return factor, first, last, grown
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

