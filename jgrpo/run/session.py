@@ -117,7 +117,11 @@ def open_problems(config: Config) -> Problems:
     """Tokenizer and problems; the model's config is read too, so that all bad input shows."""
     folder = str(model_folder(config.model_id))
     vocab_size = model_config(Path(folder)).vocab_size
-    n_positions = read_hf_config(Path(folder)).max_position_embeddings
+    hf = read_hf_config(Path(folder))
+    n_positions, rope = hf.max_position_embeddings, hf.rope_parameters
+    if rope["rope_type"] == "yarn":  # Qwen3's card leaves max_position_embeddings as it was
+        reach = int(rope["factor"] * rope["original_max_position_embeddings"])
+        n_positions = max(n_positions, reach)
     if config.max_model_len > n_positions:
         raise InputError(
             f"max_prompt_tokens={config.max_prompt_tokens} and max_tokens={config.max_tokens} are "
