@@ -84,6 +84,7 @@ def gradients_of(run: Path, policy_step: int) -> tuple[compare.Comparison, dict]
 
 
 @pytest.mark.parametrize("policy_step", [1, 2])
+@pytest.mark.slow
 def test_a_comparison_has_the_loss_and_gradient_of_each_variant_s_own_update(run, policy_step):
     found, expected = gradients_of(run, policy_step)
     assert found.names == list(NAMES)
@@ -106,6 +107,7 @@ def test_on_policy_variants_that_cannot_differ_do_not(run):
     assert found.cosine[i, j] == pytest.approx(1, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_the_command_writes_table_heat_map_and_figures(run, root):
     variants = ("rank1", "clip", "dapo")
     out = on_rollouts(Rollouts(run, step=2, variants=variants, configs=CONFIGS), quiet())
@@ -182,6 +184,7 @@ def stop_at_second(real):
     return learn
 
 
+@pytest.mark.slow
 def test_a_sweep_leaves_a_run_folder_each_and_goes_on_with_a_half_done_one(swept):
     for variant in ("rank1", "clip", "token_level"):
         for seed in (0, 1):
@@ -195,6 +198,7 @@ def test_a_sweep_leaves_a_run_folder_each_and_goes_on_with_a_half_done_one(swept
     assert manifest["variants"]["clip"]["changes"] == {"use_clip": True}
 
 
+@pytest.mark.slow
 def test_the_report_says_what_was_found(swept):
     text = (swept / "report.md").read_text()
     [clip] = [line for line in text.splitlines() if line.startswith("| `clip` |")]
@@ -208,6 +212,7 @@ def test_the_report_says_what_was_found(swept):
     assert "<table>" in page
 
 
+@pytest.mark.slow
 def test_the_same_command_again_trains_nothing(swept, root):
     times = {f: f.stat().st_mtime_ns for f in swept.glob("*/*/metrics.jsonl")}
     assert len(times) == 6
@@ -215,6 +220,7 @@ def test_the_same_command_again_trains_nothing(swept, root):
     assert times == {f: f.stat().st_mtime_ns for f in swept.glob("*/*/metrics.jsonl")}
 
 
+@pytest.mark.slow
 def test_a_folder_of_another_config_is_refused(swept, root):
     with pytest.raises(InputError, match=r"seed_0 is of a run with another lr; .*--out"):
         as_runs(command(root, "--variants", "rank1", "--lr", "0.5"), quiet())
@@ -338,6 +344,7 @@ def test_names_are_whole_at_80_columns():
     assert "".join(cells).replace(" ", "") == says.replace(" ", "")
 
 
+@pytest.mark.slow
 def test_seconds_and_tokens_are_those_of_the_run(swept):
     folder = swept / "rank1" / "seed_1"
     rows, found = read_metrics(folder), report.read_run(folder)

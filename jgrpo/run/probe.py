@@ -138,9 +138,10 @@ def _logprobs(policy, adapter, prompts, completions, temperature) -> np.ndarray:
     """The trainer's logprobs of all completion tokens, one after another."""
     blank = [[0.0] * len(c) for c in completions]
     rows = Rows(prompts, completions, blank, np.zeros(len(prompts), np.float32))
+    # One limit for all, so that most have the same shape: each is a compilation.
+    limits = {"max_prompt_tokens": max(map(len, prompts)), "max_tokens": max(map(len, completions))}
     values = []
     for i in range(len(prompts)):
-        limits = {"max_prompt_tokens": len(prompts[i]), "max_tokens": len(completions[i])}
         (batch,) = micro_batches(rows, np.array([i]), micro_batch_size=1, **limits)
         logprobs = _jitted_logprobs(policy.graph, adapter, policy.base, batch, temperature)
         values.append(np.asarray(logprobs)[batch.mask > 0])
