@@ -4,7 +4,7 @@ import difflib
 import runpy
 import sys
 
-from jgrpo.errors import stop_at_once
+from jgrpo.errors import exit_status, stop_at_once
 
 COMMANDS = {
     "train": "train a LoRA adapter by GRPO, or go on with a run (--resume)",
@@ -45,7 +45,8 @@ def main() -> None:
         runpy.run_module(f"jgrpo.{name}", run_name="__main__", alter_sys=True)
         return
     if name in ("", "-h", "--help"):
-        print(usage())
+        with exit_status():
+            print(usage(), flush=True)
         return
     near = difflib.get_close_matches(name, COMMANDS, 1)
     problem = f"error: {name!r} is no command" + (f"; did you mean {near[0]}?" if near else "")

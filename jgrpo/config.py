@@ -7,6 +7,7 @@ another. It is executed, so treat one from a stranger as you would treat a progr
 import dataclasses
 import difflib
 import json
+import os
 import runpy
 import traceback
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ from typing import Literal
 
 from jgrpo.checks import PROJECTIONS, VLLM_LORA_RANKS, problems_of
 from jgrpo.errors import InputError
+
+PATHS = ("model_id", "prm_model_id", "dataset_path", "eval_dataset_path", "prompt_template",
+         "base_dir", "run_dir")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,6 +230,9 @@ class Config:
     def __post_init__(self) -> None:
         if isinstance(self.lora_target_modules, list):  # as JSON has it
             object.__setattr__(self, "lora_target_modules", tuple(self.lora_target_modules))
+        for name in PATHS:  # a shell does not expand what follows a =
+            if isinstance(value := getattr(self, name), str) and value.startswith("~"):
+                object.__setattr__(self, name, os.path.expanduser(value))
         if isinstance(self.reward_function, str):  # one, or none
             one = (self.reward_function,) if self.reward_function else ()
             object.__setattr__(self, "reward_function", one)

@@ -38,6 +38,7 @@ def short(path: str | Path) -> str:
     return str("~" / whole.relative_to(home)) if whole.is_relative_to(home) else str(whole)
 
 
+READER_GONE = "whoever read the output went away (as `| head` does); to keep all of it: > FILE"
 SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGALRM
 AGAIN_S = 3.0
 
@@ -68,6 +69,10 @@ def exit_status() -> Iterator[None]:
         # A message quotes servers, files and rows.
         print(printable(f"error: {error}", sys.stderr.encoding or "utf-8"), file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python complains again at its end
+        print(f"error: {READER_GONE}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt as error:
         if not error.args:  # else what is to be said of it was said
             print("stopped", file=sys.stderr)

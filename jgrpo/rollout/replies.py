@@ -74,6 +74,11 @@ def _completion_of(choice: dict, asked: Body, vocab_size: int) -> Completion:
     logprobs = logprobs.get("token_logprobs") if isinstance(logprobs, dict) else None
     if reason == "abort":  # as of a server that is being shut down
         raise Retry("the server aborted the request")
+    if ids is None or choice.get("prompt_token_ids") is None:
+        raise ValueError(
+            "no token ids: the server does not know return_token_ids (vLLM does since 0.10.2), or "
+            "something between drops them; text alone cannot be trained on"
+        )
     if choice.get("prompt_token_ids") != asked["prompt"]:
         raise ValueError("prompt_token_ids are not those of the request")
     if not isinstance(ids, list) or not ids or not all(_is_token(x, vocab_size) for x in ids):

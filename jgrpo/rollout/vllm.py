@@ -15,6 +15,7 @@ run, as does another base model.
 import asyncio
 import logging
 import os
+import ssl
 import uuid
 from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
 from functools import partial
@@ -29,6 +30,10 @@ from jgrpo.rollout.protocol import Completion, Progress
 from jgrpo.rollout.replies import Body, Retry, json_of, read_completions, words
 
 T = TypeVar("T")
+CERTIFICATE_REMEDY = (
+    "If its authority is one of your own, name its certificate: SSL_CERT_FILE=ca.pem (or a folder: "
+    "SSL_CERT_DIR), for the trainer's process"
+)
 Action = Callable[[httpx.AsyncClient, str], Coroutine[Any, Any, T]]
 """Something done to the server at a URL."""
 ADAPTER_PREFIX = "jgrpo-"
@@ -305,7 +310,12 @@ class VllmSampler:
             trouble = "no answer"
             limit.reschedule(now() + self._timeout_s)
             method = "GET" if body is None else "POST"
-            response = await client.request(method, url + path, json=body)
+            try:
+                response = await client.request(method, url + path, json=body)
+            except httpx.ConnectError as error:
+                if "CERTIFICATE_VERIFY_FAILED" in str(error):  # it will not become a good one
+                    raise RunError(f"{url}: {error}. {CERTIFICATE_REMEDY}") from error
+                raise
             if response.status_code in retried:
                 raise Retry(f"HTTP {response.status_code}: {words(response)}")
             return read(response)
@@ -325,6 +335,18 @@ class VllmSampler:
             ) from None
 
 
+def _authorities() -> ssl.SSLContext:
+    """Who vouches for a server: the usual authorities, and those of SSL_CERT_FILE, SSL_CERT_DIR."""
+    context = httpx.create_ssl_context(trust_env=False)
+    file, folder = os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR")
+    try:
+        if file or folder:
+            context.load_verify_locations(file or None, folder or None)
+    except OSError as error:
+        raise RunError(f"SSL_CERT_FILE={file}, SSL_CERT_DIR={folder}: {error}") from error
+    return context
+
+
 def _run(work: Callable[[httpx.AsyncClient], Iterable[Coroutine[Any, Any, T]]]) -> list[T]:
     """Run all of `work` at once; the first failure cancels the rest and is raised as it is."""
 
@@ -332,7 +354,9 @@ def _run(work: Callable[[httpx.AsyncClient], Iterable[Coroutine[Any, Any, T]]]) 
         limits = httpx.Limits(max_connections=None)
         timeout = httpx.Timeout(None, connect=10.0)
         # trust_env=False: a proxy from the environment must not come between us and localhost.
-        async with httpx.AsyncClient(limits=limits, timeout=timeout, trust_env=False) as client:
+        async with httpx.AsyncClient(
+            limits=limits, timeout=timeout, trust_env=False, verify=_authorities()
+        ) as client:
             if key := os.environ.get("VLLM_API_KEY"):  # no option: config.json would keep it
                 if not (key.isascii() and key.isprintable()):  # an error of httpx would show it
                     raise RunError("VLLM_API_KEY holds a character that an HTTP header cannot")

@@ -20,7 +20,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
-from jgrpo.errors import RunError, printable
+from jgrpo.errors import READER_GONE, RunError, printable
 from jgrpo.rollout.protocol import Progress as Advance
 from jgrpo.run.compiling import Compilations
 from jgrpo.run.rundir import json_line, jsonable, truncate_metrics
@@ -29,6 +29,16 @@ from jgrpo.run.terminal import ACCURACY, COLUMNS, Column, StepLines, TimeLeft, b
 
 def is_evaluation(tag: str) -> bool:
     return tag.startswith("eval/") or tag == "time/evaluation"
+
+
+class _Console(Console):
+    """rich would end the process without a word."""
+
+    def on_broken_pipe(self) -> None:
+        try:
+            super().on_broken_pipe()  # from here on the output goes nowhere
+        except SystemExit:
+            raise RunError(READER_GONE) from None
 
 
 class RunLog:
@@ -50,7 +60,7 @@ class RunLog:
         live: bool | None = None,
         console: Console | None = None,
     ) -> None:
-        self.console = console or Console(highlight=False)
+        self.console = console or _Console(highlight=False)
         self.seconds: dict[str, float] = {}
         self._run_dir = run_dir
         self._n_steps = n_steps

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shlex
+import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from jgrpo.policy.weights import (
     read_hf_config,
     weights_fingerprint,
 )
-from jgrpo.prompts.problems import Problem, load_problems
+from jgrpo.prompts.problems import Problem, load_problems, load_template
 from jgrpo.prompts.tokenizer import (
     load_tokenizer,
     refuse_ids_beyond,
@@ -50,12 +51,16 @@ class Problems:
     train: list[Problem]
     evaluation: list[Problem]
     report: list[str]
+    templates: tuple[str, ...] = ()
+    """The sources of what renders the problems."""
 
     @property
     def fingerprint(self) -> str:
-        """Of all that is asked, and of the answers that it is graded by."""
-        asked = [[p.prompt_ids, p.gold] for p in (*self.train, *self.evaluation)]
-        return hashlib.sha256(json.dumps([*asked, self.stop_token_ids]).encode()).hexdigest()[:16]
+        """Of all that is asked, and of the answers that it is graded by. Not of what the templates
+        make of it: some write today's date, and a run goes on tomorrow."""
+        asked = [[p.problem, p.gold] for p in (*self.train, *self.evaluation)]
+        whole = json.dumps([asked, self.templates, self.stop_token_ids])
+        return hashlib.sha256(whole.encode()).hexdigest()[:16]
 
     def text(self, completion: Completion) -> str:
         """A completion as text, without its end token. Special tokens within it stay: leaving them
@@ -106,8 +111,11 @@ def configure_jax() -> None:
     and let Python's collector run less often, in the whole process.
     """
     jax.config.update("jax_default_matmul_precision", "highest")
-    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "jgrpo" / "xla"
-    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(default))
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if caches.startswith("~"):  # nobody's home, as in a container with a user id of its own
+        caches = os.path.join(tempfile.gettempdir(), f"cache-{os.getuid()}")
+    default = os.path.join(caches, "jgrpo", "xla")
+    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR", default)
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
     gc.set_threshold(50_000)  # at 700, a tenth of the time that JAX traces is the collector's
@@ -145,7 +153,8 @@ def open_problems(config: Config) -> Problems:
     prompts = (problem.prompt_ids for problem in (*train, *evaluation))
     refuse_ids_beyond(vocab_size, tokenizer, prompts)
     stops, report = stop_token_ids(tokenizer, folder), [*report, *told_of_stops(tokenizer, folder)]
-    return Problems(tokenizer, stops, train, evaluation, report)
+    templates = load_template(config.prompt_template), str(tokenizer.chat_template)
+    return Problems(tokenizer, stops, train, evaluation, report, templates)
 
 
 def columns_of(problems: Sequence[Problem]) -> list[str]:
