@@ -8,7 +8,7 @@ import pytest
 
 from jgrpo import cli
 from jgrpo.checks import READ_WHERE, unread, without_effect
-from jgrpo.config import PROJECTIONS, Config, load_config
+from jgrpo.config import PATHS, PROJECTIONS, Config, load_config
 from jgrpo.errors import InputError
 from jgrpo.update.learner import loss_of, needs_base, pulls_without_advantage
 
@@ -389,3 +389,11 @@ def test_options_of_training_given_to_evaluate_are_named(capsys):
     assert "note: lr: evaluation does not read it" in capsys.readouterr().err
     cli.parse(cli.Evaluate, ["--n_eval_prompts", "7"])
     assert capsys.readouterr().err == ""
+
+
+def test_a_tilde_is_somebody_s_home_wherever_a_path_stands(monkeypatch, tmp_path):
+    """A shell does not expand what follows a `=`, and a config file has no shell."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = Config(**dict.fromkeys(PATHS, "~/a"))
+    assert {getattr(config, name) for name in PATHS} == {str(tmp_path / "a")}
+    assert Config(run_dir="a~").run_dir == "a~"

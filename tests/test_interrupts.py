@@ -89,3 +89,18 @@ def test_it_does_not_tear_what_must_be_whole(monkeypatch):
     with pytest.raises(SystemExit):
         command()
     assert whole == ["later", "none"]
+
+
+@pytest.mark.parametrize("command", ["jgrpo", "jgrpo.runs"])
+def test_a_reader_that_goes_away_is_told_without_a_traceback(command, tmp_path):
+    """As with `| head`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as pipe:
+        done = subprocess.run(
+            [sys.executable, "-m", command], cwd=tmp_path, stdout=pipe, stderr=subprocess.PIPE,
+            text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("error: ") == 1
