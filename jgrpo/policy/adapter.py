@@ -119,8 +119,8 @@ def read_config(folder: Path) -> AdapterConfig:
     if odd:
         what = ", ".join(f"{k}={peft[k]!r}" for k in odd)
         raise InputError(f"{file}: only plain LoRA is read, not {what}")
-    names = [targets] if targets is None or isinstance(targets, str) else targets
-    if not (isinstance(names, list) and all(n is None or isinstance(n, str) for n in names)):
+    names = targets if isinstance(targets, list) else [targets or ""]
+    if not all(isinstance(name, str) for name in names):
         raise InputError(f"{file} is damaged: target_modules={targets!r}: must name modules")
     for name, value, types in (("r", rank, (int,)), ("lora_alpha", alpha, (int, float))):
         if type(value) not in types or not 0 < value < 2**31:

@@ -137,7 +137,7 @@ def chi_square_p(counts: np.ndarray, p: np.ndarray) -> float:
     """How likely counts at least as far from p are; outcomes expected less than 5 times pooled."""
     expected = p * counts.sum()
     rare = expected < 5
-    pool = lambda x: np.append(x[~rare], x[rare].sum())  # noqa: E731
+    pool = lambda x: np.append(x[~rare], x[rare].sum() if rare.any() else [])  # noqa: E731
     pooled = pool(expected)
     statistic = ((pool(counts) - pooled) ** 2 / pooled).sum()
     return float(scipy.stats.chi2.sf(statistic, len(pooled) - 1))
