@@ -194,7 +194,7 @@ def change_first(**fields: Any) -> Callable[[list[dict]], Any]:
         (lambda choices: None, "no choices"),
         (lambda choices: [choices[0], choices[0]], r"choices numbered \[0, 0\]"),
         (change_first(prompt_token_ids=[9]), "prompt_token_ids are not those of the request"),
-        (change_first(token_ids=None), "token_ids: None"),
+        (change_first(token_ids=None), "no token ids: the server does not know return_token_ids"),
         (change_first(token_ids=[17, -1, END]), r"token_ids: \[17, -1, 1\]"),
         (change_first(token_ids=[17, 2**31, END]), "the model knows 2147483648"),
         (
