@@ -12,7 +12,14 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "
 POSITIVE = (
     *("lora_r", "lora_alpha", "lr", "n_grpo_steps", "n_prompts_per_step", "group_size"),
     *("epochs_per_step", "micro_batch_size", "expected_maximum_length", "grader_timeout_s"),
-    *("grader_workers", "max_prompt_tokens", "vllm_timeout_s", "max_logprob_diff", "max_tokens"),
+    *(
+        "grader_workers",
+        "max_prompt_tokens",
+        "vllm_timeout_s",
+        "vllm_move_s",
+        "max_logprob_diff",
+        "max_tokens",
+    ),
     *(
         "temperature",
         "n_eval_prompts",
@@ -71,12 +78,17 @@ READ_WHERE: dict[str, Condition] = {
     "reward_weights": (lambda c: bool(c.reward_function), "with --reward_function"),
     "vllm_url": _VLLM,
     "vllm_timeout_s": _VLLM,
+    "vllm_move_s": (
+        lambda c: c.rollout == "vllm" and len(c.vllm_urls) > 1,
+        "with several servers in --vllm_url",
+    ),
     "base_dir": (lambda c: not c.run_dir, "without --run_dir"),
 }
 """Option -> when something reads it, and that in words; all others are read by every training."""
 READ_BY_EVALUATION = frozenset(
     {"model_id", "dtype", "lora_r", "lora_alpha", "lora_target_modules", "attn_implementation",
-     "seed", "rollout", "vllm_url", "vllm_timeout_s", "max_tokens", "max_prompt_tokens",
+     "seed", "rollout", "vllm_url", "vllm_timeout_s", "vllm_move_s", "max_tokens",
+     "max_prompt_tokens",
      "dataset_path", "dataset_split", "eval_dataset_path", "eval_split", "n_eval_prompts",
      "prompt_template", "enable_thinking", "grader_timeout_s", "grader_workers",
      "n_prompts_per_step", "group_size", "eval_n_samples", "eval_temperature", "eval_top_p"}

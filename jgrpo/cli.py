@@ -25,7 +25,8 @@ KEEP_FREED_MEMORY = (
     "glibc.malloc.trim_threshold=17179869184"
 )
 CHANGEABLE_ON_RESUME = {
-    "n_grpo_steps", "vllm_url", "vllm_timeout_s", "micro_batch_size", "gradient_checkpointing",
+    "n_grpo_steps", "vllm_url", "vllm_timeout_s", "vllm_move_s", "micro_batch_size",
+    "gradient_checkpointing",
     "eval_every", "checkpoint_every", "save_total_limit", "checkpoint_keep_period",
     "grader_timeout_s", "grader_workers", "max_logprob_diff", "max_mean_logprob_diff",
 }  # fmt: skip

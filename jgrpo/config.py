@@ -189,9 +189,13 @@ class Config:
     rollout: Literal["vllm", "jax"] = "vllm"
     """Sample from a vLLM server, or from the embedded sampler in this process."""
     vllm_url: str = "http://localhost:8000"
-    """The server; several, comma-separated, share the prompts."""
+    """The server; several, comma-separated, share the prompts: the next one goes to the server with
+    the fewest tokens outstanding."""
     vllm_timeout_s: float = 600.0
     """Seconds that one request may take, and for which a server that is away is waited for."""
+    vllm_move_s: float = 60.0
+    """Of several servers, one that has sent nothing for so many seconds is overtaken: its prompts
+    go to the others too, with the same seeds, and the first answer is used, once."""
     max_logprob_diff: float = 0.5
     """Largest |logprob of the server - logprob of the trainer| of one token that the probe before
     the first step accepts (float32: 1e-3 is normal; bfloat16: 0.1)."""

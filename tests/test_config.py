@@ -38,7 +38,7 @@ BAD = [
     ("expected_maximum_length", 0), ("overlong_cache", -1), ("overlong_cache", 1025),
     ("max_tokens", 0), ("max_prompt_tokens", 0), ("temperature", 0.0), ("temperature", -1.0),
     ("n_eval_prompts", 0), ("grader_timeout_s", 0.0), ("grader_workers", 0),
-    ("vllm_timeout_s", -5.0), ("max_logprob_diff", 0.0),
+    ("vllm_timeout_s", -5.0), ("vllm_move_s", 0.0), ("max_logprob_diff", 0.0),
     ("max_mean_logprob_diff", 0.0), ("max_mean_logprob_diff", math.nan),
     ("attn_implementation", "flash"), ("dtype", "float16"), ("rollout", "sglang"),
     ("model_id", 7), ("run_dir", None),
@@ -327,10 +327,12 @@ def test_every_option_that_may_be_idle_is_named_exactly_while_nothing_reads_it()
         "reward_weights": {"reward_function": ("a:f",)},
         "vllm_url": {"rollout": "vllm"},
         "vllm_timeout_s": {"rollout": "vllm"},
+        "vllm_move_s": {"rollout": "vllm", "vllm_url": "http://x:1,http://x:2"},
         "base_dir": {"run_dir": ""},
         "use_token_level_loss": {"loss_type": "grpo"},
     }
     off = {"vllm_url": {"rollout": "jax"}, "vllm_timeout_s": {"rollout": "jax"},
+           "vllm_move_s": {"rollout": "vllm"},
            "base_dir": {"run_dir": "x"}, "use_token_level_loss": {"loss_type": "cispo"},
            }  # fmt: skip
     other = {"kl_to": "base", "kl_estimator": "k2", "clip_eps_high": 0.5, "clip_delta": 3.0,

@@ -54,8 +54,8 @@ PURE = ("advantages", "losses", "estimators", "answers.latex", "answers.algebra"
         "policy.remat", "policy.tape", "policy.lora", "policy.batch",
         "rollout.protocol")  # fmt: skip
 LIGHT = ("errors", "config", "cli", "checks", "advantages", "serve", "answers.equal",
-         "answers.grader", "rewards.parts", "rollout.protocol", "rollout.vllm", "run.rundir",
-         "study.variants")  # fmt: skip
+         "answers.grader", "rewards.parts", "rollout.protocol", "rollout.server", "rollout.vllm",
+         "run.rundir", "study.variants")  # fmt: skip
 
 
 def room(module: str) -> str:

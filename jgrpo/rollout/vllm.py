@@ -1,50 +1,37 @@
-"""A running vLLM server as the sampler: token ids in, the sampled ids and their logprobs out.
+"""vLLM servers as the sampler: token ids in, the sampled ids and their logprobs out.
 
-The server holds the base model; a policy is a LoRA adapter that it reads from a folder. Three of
-its habits shape this file. Its prefix cache knows an adapter by name and path, so a name is never
-used twice. It fills options that a request leaves open from the model's generation_config.json,
-so every option is sent. It shortens max_tokens without a word where its context ends, so replies
-are checked against what was asked. Ids go both ways, so its tokenizer and its chat template cannot
-matter. Left out on purpose: streaming, text, chat.
+Which server gets what is decided here; how one is spoken to, in `server`. A prompt goes to the
+server with the fewest tokens outstanding. A server that has sent nothing for `move_s` seconds is
+left alone while others are well: what it was asked for goes to them too, with the same seeds, and
+the first answer is used, once. Only when no server is left does the run end.
 
-What fails for a while is asked again: a server that is away, drops a reply or is restarted (which
-loses its adapters: ours is loaded again, under a new name). A whole reply that is wrong ends the
-run, as does another base model.
+A server fills options that a request leaves open from the model's generation_config.json, so every
+option is sent. Ids go both ways, so its tokenizer and its chat template cannot matter. Left out on
+purpose: streaming, text, chat.
 """
 
 import asyncio
 import logging
-import os
-import ssl
-import uuid
+import time
 from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import httpx
-import tenacity
 
-from jgrpo.errors import RunError, printable
+from jgrpo.errors import RunError
 from jgrpo.rollout.protocol import Completion, Progress
-from jgrpo.rollout.replies import Body, Retry, json_of, read_completions, words
+from jgrpo.rollout.replies import Body
+from jgrpo.rollout.server import Adapter, GaveUp, Server, open_client
 
 T = TypeVar("T")
-CERTIFICATE_REMEDY = (
-    "If its authority is one of your own, name its certificate: SSL_CERT_FILE=ca.pem (or a folder: "
-    "SSL_CERT_DIR), for the trainer's process"
-)
-Action = Callable[[httpx.AsyncClient, str], Coroutine[Any, Any, T]]
-"""Something done to the server at a URL."""
-ADAPTER_PREFIX = "jgrpo-"
-MAX_IN_FLIGHT = 256
-"""Requests that one server gets at once: more than its batch holds, fewer than 1024 sockets."""
-MAX_RELOADS = 10
-"""Times that one request may find its adapter gone, and have it loaded again."""
-TELL_EVERY_S = 30.0
-"""At most as often a server that is waited for is spoken of."""
-RETRIED = frozenset({408, 425, 429, *range(500, 600)})
-"""Statuses of a server, or of what stands before it, that may be well a moment later."""
+MAX_AT_WORK, MAX_REQUESTS = 1024, 256
+"""Completions, and requests, that a server has at once: more than its batch holds, fewer than its
+1,024 sockets. The rest waits for the server that is the first to have room."""
+AWAY_S = 2.0
+"""Seconds that a server which was away has to show, at each new adapter, that it is back."""
+LOOK_EVERY_S = 0.25
+"""So often it is seen whether another server could take over a prompt."""
 THE_POLICY_ITSELF = {
     "top_p": 1.0,
     "top_k": -1,
@@ -62,22 +49,15 @@ THE_POLICY_ITSELF = {
 log = logging.getLogger(__name__)
 
 
-class Base(NamedTuple):
-    """What a server says of its base model."""
-
-    name: str
-    root: Any
-    max_model_len: Any
-
-
 class VllmSampler:
     """Samples from one or more vLLM servers (rollout.Sampler); the base model until load().
 
-    Several servers share the prompts in turn, and each gets every adapter; they must see the run
-    folder under the same path. One try of a request may take timeout_s, and so may the wait for a
-    server that is away, from its first failure on. Stopping is decided by `stop_token_ids` alone:
-    the server's own end tokens are ignored. `max_model_len` is the prompt and completion tokens
-    that the server must hold.
+    Several servers share the prompts, and each gets every adapter; they must see the run folder
+    under the same path. One try of a request may take timeout_s, and so may the wait for a
+    server that is away, from its first failure on; with several, the others go on without it after
+    move_s. All must be there at the start. Stopping is decided by `stop_token_ids` alone: the
+    server's own end tokens are ignored. `max_model_len` is the prompt and completion tokens that
+    a server must hold.
 
     Raises RunError, with what was wrong and how to start the server. Not for use inside a running
     event loop. One run a server: adapters of others that carry our prefix are unloaded at start,
@@ -95,43 +75,41 @@ class VllmSampler:
         stop_token_ids: Sequence[int],
         timeout_s: float,
         start_command: str,
+        move_s: float = 60.0,
         alone: bool = True,
     ) -> None:
-        self._urls = [url.rstrip("/") for url in urls]
-        self._run_id = run_id
+        remedy = f"Start the server with\n  {start_command}"
+        self._servers = [
+            Server(url, run_id=run_id, max_model_len=max_model_len, vocab_size=vocab_size,
+                   timeout_s=timeout_s, remedy=remedy)
+            for url in urls
+        ]  # fmt: skip
         self._max_tokens = max_tokens
-        self._max_model_len = max_model_len
-        self._vocab_size = vocab_size
         self._stop_token_ids = list(stop_token_ids)
-        self._timeout_s = timeout_s
-        self._remedy = f"Start the server with\n  {start_command}"
-        self._alone = alone
-        self._told_s: dict[str, float] = {}
-        self._path = ""
-        self._adapters: dict[str, str] = {}  # its name on each server; they differ after a restart
-        self._bases = dict(zip(self._urls, self._on_each(self._enter), strict=True))
+        self._move_s = move_s
+        self._adapter = Adapter()
+        _run(self._servers, lambda client: (s.enter(client, alone=alone) for s in self._servers))
 
     def load(self, folder: Path) -> None:
         """Load the adapter in `folder` into every server, then unload the previous one.
 
-        Comes back when all servers sample from the new one; only then may the previous one's
-        folder be removed (removing the folder of a loaded adapter kills the server). The new one's
-        must stay: a server that is restarted needs it again.
+        Comes back when all servers that are well sample from the new one (the others get it when
+        they are back, before any prompt); only then may the previous one's folder be removed
+        (removing the folder of a loaded adapter kills the server). The new one's must stay: a
+        server that is restarted needs it again.
         """
-        path = str(Path(folder).absolute())
-        names = self._on_each(lambda client, url: self._load(client, url, path))
-        previous, self._adapters = self._adapters, dict(zip(self._urls, names, strict=True))
-        self._path = path
-        self._unload_everywhere(previous)
+        self._adapter = Adapter(self._adapter.number + 1, str(Path(folder).absolute()))
+        _run(self._servers, lambda client: [self._load_all(client)])
 
     def unload(self) -> None:
         """Unload the adapter: the base model is sampled from now on."""
-        previous, self._adapters = self._adapters, {}
-        self._unload_everywhere(previous)
+        self._adapter = Adapter(self._adapter.number + 1)
+        _run(self._servers, lambda client: [self._load_all(client)])
 
     def close(self) -> None:
         """Unload the adapter if the servers are still there; warns, and never raises, if not."""
-        self._timeout_s = min(self._timeout_s, 10.0)
+        for server in self._servers:
+            server.timeout_s = min(server.timeout_s, 10.0)
         try:
             self.unload()
         except RunError as error:
@@ -156,11 +134,9 @@ class VllmSampler:
         if len(seeds) != len(prompts):
             raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts")
         n = group_size if temperature > 0 else 1  # vLLM refuses n > 1 if all would be equal
-        slots = {url: asyncio.Semaphore(MAX_IN_FLIGHT) for url in self._urls}
-        locks = {url: asyncio.Lock() for url in self._urls}
+        slots = asyncio.Semaphore(len(self._servers) * min(MAX_REQUESTS, max(1, MAX_AT_WORK // n)))
 
         async def group(client: httpx.AsyncClient, p: int) -> list[Completion]:
-            url = self._urls[p % len(self._urls)]
             body = {
                 "prompt": [int(token) for token in prompts[p]],
                 "n": n,
@@ -171,199 +147,95 @@ class VllmSampler:
                 **THE_POLICY_ITSELF,
                 "top_p": top_p,
             }
-            async with slots[url]:
-                completions = await self._complete(client, url, body, locks[url])
+            async with slots:
+                completions = await self._first_answer(client, body)
             completions *= group_size // n
             if progress:
                 progress(len(completions), sum(len(c.token_ids) for c in completions))
             return completions
 
-        return _run(lambda client: (group(client, p) for p in range(len(prompts))))
+        return _run(self._servers, lambda client: (group(client, p) for p in range(len(prompts))))
 
-    async def _complete(
-        self, client: httpx.AsyncClient, url: str, body: Body, lock: asyncio.Lock
-    ) -> list[Completion]:
-        """The completions of one prompt, by the adapter and no other; loads it again if lost."""
-        for _ in range(1 + MAX_RELOADS):
-            asked = {"model": self._adapters.get(url, self._bases[url].name), **body}
-            read = partial(read_completions, asked=asked, vocab_size=self._vocab_size)
-            completions = await self._request(client, url, "/v1/completions", asked, read=read)
-            if completions is not None:
-                return completions
-            async with lock:  # many requests find the adapter gone; the first of them loads it
-                if self._adapters.get(url, asked["model"]) == asked["model"]:
-                    await self._restore(client, url, asked["model"])
-        raise RunError(
-            f"{url} does not know {asked['model']}, again and again: does it crash, or does "
-            "another run use it? One server serves one run. Resume the run when it is well"
-        )
-
-    async def _restore(self, client: httpx.AsyncClient, url: str, lost: str) -> None:
-        await self._check_base(client, url)
-        if url in self._adapters:
-            self._adapters[url] = await self._load(client, url, self._path)
-            log.warning("%s lost our adapter %s: it was restarted, or another run took it over. "
-                        "Loaded again as %s", url, lost, self._adapters[url])  # fmt: skip
-
-    async def _models(self, client: httpx.AsyncClient, url: str) -> tuple[Base, list[str]]:
-        """The base model, and the names of all that is served."""
-        reply = await self._request(client, url, "/v1/models", read=json_of)
+    async def _first_answer(self, client: httpx.AsyncClient, body: Body) -> list[Completion]:
+        """Of the server with the fewest tokens outstanding, or of one that overtook it."""
+        asked: dict[asyncio.Task[list[Completion]], Server] = {}
+        gave_up: list[Server] = []
         try:
-            cards = {str(card["id"]): card for card in reply["data"]}
-            base = next(card for card in cards.values() if not card.get("parent"))
-        except (KeyError, TypeError, AttributeError, StopIteration):
-            raise RunError(f"{url}/v1/models lists no model: is this a vLLM server?") from None
-        return Base(str(base["id"]), base.get("root"), base.get("max_model_len")), list(cards)
+            while True:
+                if server := self._next(asked.values(), gave_up):
+                    asked[server.ask(client, body, self._adapter)] = server
+                look = LOOK_EVERY_S if len(self._servers) > 1 else None
+                done, _ = await asyncio.wait(
+                    asked, timeout=look, return_when=asyncio.FIRST_COMPLETED
+                )
+                for task in done:
+                    server = asked.pop(task)
+                    try:
+                        return task.result()
+                    except GaveUp:
+                        gave_up.append(server)
+                        if not asked and len(gave_up) == len(self._servers):
+                            raise
+        finally:
+            await _cancel(asked)
 
-    async def _enter(self, client: httpx.AsyncClient, url: str) -> Base:
-        """Remove what a crashed run left on the server; return its base model."""
-        base, names = await self._models(client, url)
-        limit = base.max_model_len
-        if isinstance(limit, int) and limit < self._max_model_len:
-            raise RunError(
-                f"{url}: the server runs with --max-model-len {limit}; this run needs "
-                f"{self._max_model_len} (prompt and completion tokens). {self._remedy}"
-            )
-        for name in names if self._alone else ():
-            if name.startswith(ADAPTER_PREFIX) and name != base.name:
-                await self._unload(client, url, name)
-                log.warning("%s: unloaded %s, left by another run (or taken from it: one server "
-                            "serves one run)", url, printable(name))  # fmt: skip
-        return base
+    def _next(self, asked: Collection[Server], gave_up: Collection[Server]) -> Server | None:
+        """The server for a prompt that so far `asked` were asked for; None: wait for those."""
+        if any(server.silent_s < self._move_s for server in asked):
+            return None
+        others = [s for s in self._servers if s not in asked and s not in gave_up]
+        well = [s for s in others if not s.trouble and s.silent_s < self._move_s]
+        for server in asked if well else ():
+            self._leave(server)
+        return min(well or ([] if asked else others), key=lambda s: s.outstanding, default=None)
 
-    async def _check_base(self, client: httpx.AsyncClient, url: str) -> None:
-        was, (base, _) = self._bases[url], await self._models(client, url)
-        if base != was:
-            raise RunError(
-                f"{url} has come back with another base model: it was {tuple(was)}, it is "
-                f"{tuple(base)} (name, root, --max-model-len). {self._remedy}"
-            )
+    def _leave(self, server: Server) -> None:
+        if not server.trouble or not server.is_left:
+            server.trouble = server.trouble or f"no answer for {self._move_s:g} s"
+            server.is_left = True
+            log.warning("%s: %s; its prompts go to the other servers", server.url, server.trouble)
 
-    async def _load(self, client: httpx.AsyncClient, url: str, path: str) -> str:
-        """Load the adapter under a new name, and return that."""
-        name = f"{ADAPTER_PREFIX}{self._run_id}-{Path(path).name}-{uuid.uuid4().hex[:8]}"
-        body = {"lora_name": name, "lora_path": path, "load_inplace": False}
-        ask = partial(
-            self._request, client, url, "/v1/load_lora_adapter", body, retried=RETRIED - {500}
-        )
-        response = await ask()
-        if response.status_code == 500:  # an adapter that it cannot use, or an engine that died:
-            await self._request(client, url, "/health")  # once that is well, ask again
-            response = await ask()
-        if response.status_code == 404 and "error" not in response.text:
-            raise RunError(
-                f"{response.url}: no such route: the server runs without --enable-lora or without "
-                f"VLLM_ALLOW_RUNTIME_LORA_UPDATING=True. {self._remedy}"
-            )
-        # Names are unique: if ours is there already, an earlier try's answer was lost.
-        if not response.is_success and "already been loaded" not in response.text:
-            raise RunError(
-                f"{url} cannot load the adapter {path}: HTTP {response.status_code}: "
-                f"{words(response)}\nThe server must see that folder, and run with --enable-lora "
-                f"and a --max-lora-rank that is large enough. {self._remedy}"
-            )
-        await self._check_base(client, url)  # after it: a restart from now on loses the adapter
-        return name
-
-    async def _unload(self, client: httpx.AsyncClient, url: str, name: str) -> None:
-        body = {"lora_name": name}
-        response = await self._request(client, url, "/v1/unload_lora_adapter", body)
-        if not response.is_success and response.status_code != 404:  # 404: gone already
-            raise RunError(f"{url}: cannot unload {name}: {words(response)}")
-
-    def _unload_everywhere(self, names: dict[str, str]) -> None:
-        if names:
-            self._on_each(lambda client, url: self._unload(client, url, names[url]))
-
-    def _on_each(self, action: Action[T]) -> list[T]:
-        return _run(lambda client: (action(client, url) for url in self._urls))
-
-    async def _request(
-        self,
-        client: httpx.AsyncClient,
-        url: str,
-        path: str,
-        body: Body | None = None,
-        *,
-        retried: Collection[int] = RETRIED,
-        read: Callable[[httpx.Response], Any] = lambda response: response,
-    ) -> Any:
-        """POST body (GET without one) -> what `read` makes of the answer. Try again after transport
-        errors, after `retried` statuses, and where `read` raises Retry."""
-        now = asyncio.get_running_loop().time
-        trouble, failed_s = "", 0.0
-
-        def note(state: tenacity.RetryCallState) -> None:
-            nonlocal trouble, failed_s
-            error = state.outcome and state.outcome.exception()
-            trouble = str(error) or type(error).__name__
-            failed_s = failed_s or now()
-            limit.reschedule(failed_s + self._timeout_s)
-            if now() - self._told_s.get(url, float("-inf")) >= TELL_EVERY_S:
-                self._told_s[url] = now()
-                left_s = max(0.0, failed_s + self._timeout_s - now())
-                log.warning("%s%s: %s; still trying, for %.3g s more. %s",
-                            url, path, trouble, left_s, self._remedy)  # fmt: skip
-
-        async def once() -> Any:
-            nonlocal trouble
-            trouble = "no answer"
-            limit.reschedule(now() + self._timeout_s)
-            method = "GET" if body is None else "POST"
-            try:
-                response = await client.request(method, url + path, json=body)
-            except httpx.ConnectError as error:
-                if "CERTIFICATE_VERIFY_FAILED" in str(error):  # it will not become a good one
-                    raise RunError(f"{url}: {error}. {CERTIFICATE_REMEDY}") from error
-                raise
-            if response.status_code in retried:
-                raise Retry(f"HTTP {response.status_code}: {words(response)}")
-            return read(response)
-
-        tries = tenacity.AsyncRetrying(
-            retry=tenacity.retry_if_exception_type((httpx.RequestError, Retry)),
-            wait=tenacity.wait_random_exponential(multiplier=0.5, max=20),
-            before_sleep=note,
-        )
+    async def _load_all(self, client: httpx.AsyncClient) -> None:
+        """Into every server; those that are away are left behind once others have the adapter."""
+        loading = {asyncio.create_task(s.load(client, self._adapter)): s for s in self._servers}
+        patience = {task: AWAY_S if s.trouble else self._move_s for task, s in loading.items()}
+        start, is_loaded, waiting = time.monotonic(), False, set(loading)
         try:
-            async with asyncio.timeout(None) as limit:
-                return await tries(once)
-        except TimeoutError:
-            raise RunError(
-                f"{url}{path}: {trouble}; gave up after {self._timeout_s:g} s. If the server is "
-                f"only slow, raise vllm_timeout_s; if it failed, look into its log. {self._remedy}"
-            ) from None
+            while waiting and not (
+                is_loaded and time.monotonic() - start > max(patience[task] for task in waiting)
+            ):
+                done, waiting = await asyncio.wait(
+                    waiting, timeout=LOOK_EVERY_S, return_when=asyncio.FIRST_COMPLETED
+                )
+                for task in done:
+                    try:
+                        task.result()
+                        is_loaded = True
+                    except GaveUp:
+                        if not waiting and not is_loaded:
+                            raise
+            for task in waiting:
+                self._leave(loading[task])
+        finally:
+            await _cancel(waiting)
 
 
-def _authorities() -> ssl.SSLContext:
-    """Who vouches for a server: the usual authorities, and those of SSL_CERT_FILE, SSL_CERT_DIR."""
-    context = httpx.create_ssl_context(trust_env=False)
-    file, folder = os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR")
-    try:
-        if file or folder:
-            context.load_verify_locations(file or None, folder or None)
-    except OSError as error:
-        raise RunError(f"SSL_CERT_FILE={file}, SSL_CERT_DIR={folder}: {error}") from error
-    return context
+async def _cancel(tasks: Iterable[asyncio.Task]) -> None:
+    tasks = [task for task in tasks if task.cancel()]
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _run(work: Callable[[httpx.AsyncClient], Iterable[Coroutine[Any, Any, T]]]) -> list[T]:
+def _run(
+    servers: Iterable[Server], work: Callable[[httpx.AsyncClient], Iterable[Coroutine[Any, Any, T]]]
+) -> list[T]:
     """Run all of `work` at once; the first failure cancels the rest and is raised as it is."""
 
     async def main() -> list[T]:
-        limits = httpx.Limits(max_connections=None)
-        timeout = httpx.Timeout(None, connect=10.0)
-        # trust_env=False: a proxy from the environment must not come between us and localhost.
-        async with httpx.AsyncClient(
-            limits=limits, timeout=timeout, trust_env=False, verify=_authorities()
-        ) as client:
-            if key := os.environ.get("VLLM_API_KEY"):  # no option: config.json would keep it
-                if not (key.isascii() and key.isprintable()):  # an error of httpx would show it
-                    raise RunError("VLLM_API_KEY holds a character that an HTTP header cannot")
-                client.headers["Authorization"] = f"Bearer {key}"
-            async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(coroutine) for coroutine in work(client)]
-            return [task.result() for task in tasks]
+        for server in servers:
+            server.renew()
+        async with open_client() as client, asyncio.TaskGroup() as group:
+            tasks = [group.create_task(coroutine) for coroutine in work(client)]
+        return [task.result() for task in tasks]
 
     try:
         return asyncio.run(main())

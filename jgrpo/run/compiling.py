@@ -14,8 +14,9 @@ from jgrpo.policy.tracing import PROGRAM
 PARTS = "/jax/core/compile/"
 COMPILED = "/jax/core/compile/backend_compile_duration"
 FROM_DISK = "/jax/compilation_cache/cache_hits"
-SHORT_S, SLOW_S = 0.3, 1.0
-"""What has taken longer is shown while it lasts, and when it is done."""
+SHORT_S, SLOW_S, NAMELESS_S = 0.3, 1.0, 5.0
+"""What has taken longer is shown while it lasts, and when it is done; what is none of our programs,
+but a step on the way to one (an addition, say), only where it has taken very long."""
 
 
 class Compilations:
@@ -62,7 +63,7 @@ class Compilations:
         self._own_s += duration_secs
         if event == COMPILED:
             name = self._label or plain(about.get("fun_name", ""))
-            if self._own_s >= SLOW_S:
+            if self._own_s >= (SLOW_S if self._label else NAMELESS_S):
                 verb = "loaded" if self._from_disk else "compiled"
                 self._tell(f"{verb} {name}: {self._own_s:.1f} s")
             self._own_s, self._from_disk, self._label = 0.0, False, ""

@@ -212,6 +212,7 @@ def open_sampler(
         vocab_size=model_config(model_folder(config.model_id)).vocab_size,
         stop_token_ids=stops,
         timeout_s=config.vllm_timeout_s,
+        move_s=config.vllm_move_s,
         start_command=shlex.join(["python", "-m", "jgrpo.serve", *words]),
         alone=alone,
     )

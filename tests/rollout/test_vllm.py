@@ -9,7 +9,7 @@ import pytest
 from vllm_server import CUT, DROP, END, UNKNOWN, FakeVllm, good_choice, listening
 
 from jgrpo.errors import RunError
-from jgrpo.rollout import vllm
+from jgrpo.rollout import server
 from jgrpo.rollout.vllm import VllmSampler
 
 MAX_TOKENS = 4
@@ -147,7 +147,7 @@ def test_no_server_at_all_says_how_to_start_one(caplog):
 
 def test_waiting_is_told_once_for_all_requests_and_now_and_again(url, fake, caplog, monkeypatch):
     sampler = sampler_at(url, timeout_s=2)
-    monkeypatch.setattr(vllm, "TELL_EVERY_S", 0.8)
+    monkeypatch.setattr(server, "TELL_EVERY_S", 0.8)
     fake.faults[COMPLETIONS] = [(503, WRONG)] * 1000
     with pytest.raises(RunError, match="gave up after 2 s"):
         sampler.sample([[17]] * 20, seeds=range(20))
@@ -159,7 +159,7 @@ def test_waiting_is_told_once_for_all_requests_and_now_and_again(url, fake, capl
 
 def test_a_server_that_was_away_has_as_long_to_answer_as_any(url, fake, monkeypatch):
     """The wait for it, 2 of the 3 s, is not taken from the 2 s that the answer needs."""
-    monkeypatch.setattr(vllm.tenacity, "wait_random_exponential", lambda **_: lambda _: 0.1)
+    monkeypatch.setattr(server.tenacity, "wait_random_exponential", lambda **_: lambda _: 0.1)
     sampler = sampler_at(url, timeout_s=3)
     back_s = time.monotonic() + 2
     real = fake.completions
@@ -383,7 +383,7 @@ def test_a_server_that_keeps_losing_the_adapter_ends_the_run(url, fake, tmp_path
     fake.faults[COMPLETIONS] = [(404, UNKNOWN)] * 99
     with pytest.raises(RunError, match=r"does not know jgrpo-7-.*again and again"):
         sampler.sample([[17]], seeds=[0])
-    assert len(fake.bodies(LOAD)) == 1 + vllm.MAX_RELOADS + 1
+    assert len(fake.bodies(LOAD)) == 1 + server.MAX_RELOADS + 1
 
 
 @pytest.mark.parametrize("field", [{"root": "models/other"}, {"max_model_len": 32}, {"id": "b"}])

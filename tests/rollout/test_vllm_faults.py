@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from vllm_server import CUT, DROP, END, FakeVllm, Reply, good_choice, listening
 
-from jgrpo.rollout import vllm
+from jgrpo.rollout import server
 from jgrpo.rollout.protocol import Completion
 from jgrpo.rollout.replies import completions_of
 from jgrpo.rollout.vllm import VllmSampler
@@ -97,7 +97,7 @@ def quick(monkeypatch):
     """The same waits, a fiftieth as long."""
     real = tenacity.wait_random_exponential
     monkeypatch.setattr(
-        vllm.tenacity, "wait_random_exponential", lambda **_: real(multiplier=0.01, max=0.4)
+        server.tenacity, "wait_random_exponential", lambda **_: real(multiplier=0.01, max=0.4)
     )
 
 

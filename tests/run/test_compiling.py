@@ -19,6 +19,7 @@ from jgrpo.run.runlog import RunLog
 def slow(monkeypatch):
     """Every program counts as slow."""
     monkeypatch.setattr(compiling, "SLOW_S", 0.0)
+    monkeypatch.setattr(compiling, "NAMELESS_S", 0.0)
     monkeypatch.setattr(compiling, "SHORT_S", 0.0)
 
 
