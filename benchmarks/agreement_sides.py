@@ -30,7 +30,7 @@ from jgrpo.policy.batch import Rows
 from jgrpo.run.session import Policy, open_policy
 from jgrpo.study.compare import saved_rows
 from jgrpo.train import train
-from jgrpo.update.learner import Learner, needs_base
+from jgrpo.update.learner import Learner, needs_ref
 
 TINY = Path(__file__).parents[1] / "configs" / "tiny.py"
 TINY_RUN = {
@@ -175,7 +175,7 @@ class Ours:
         old = ref = None
         if config.updates_per_rollout > 1:
             old = update.logprobs(self.adapter(self.setting.old), base, part.batches)
-        if needs_base(config):
+        if needs_ref(config):
             off = jax.tree.map(jnp.zeros_like, policy)
             ref = update.logprobs(off, base, part.batches)
         state = KEEP_GRADIENT.init(policy)

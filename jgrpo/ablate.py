@@ -25,7 +25,7 @@ from rich.table import Table
 from jgrpo import cli
 from jgrpo.config import Config
 from jgrpo.errors import InputError, exit_status
-from jgrpo.run.rundir import jsonable, rollouts_file, write_whole
+from jgrpo.run.rundir import as_begun, jsonable, rollouts_file, write_whole
 from jgrpo.study.variants import BASELINE, Variant, read_variants, with_references
 
 USAGE = """usage: python -m jgrpo.ablate {rollouts,runs} [-h] [OPTIONS]
@@ -97,8 +97,9 @@ def on_rollouts(options: Rollouts, console: Console) -> Path:
     file = rollouts_file(options.run, options.step)
     lines = fixed.read_rollouts(file, config.group_size)
     rows = [fixed.rows_for(c, lines, open_scorers(c)) for c in configs.values()]
-    policy, old = fixed.load_adapters(options.run, open_policy(config), sampled_by, differentiated)
-    found = fixed.compare(configs, rows, policy, old)
+    opened = open_policy(as_begun(config, options.run))
+    policy, old = fixed.load_adapters(options.run, opened, sampled_by, differentiated)
+    found = fixed.compare(configs, rows, policy, old, opened.adapter)
     header = ["variant", "loss", "|gradient|", f"cosine to {found.names[0]}", "clipped tokens, %",
               "KL to old, nats"]  # fmt: skip
     body = [

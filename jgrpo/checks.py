@@ -31,6 +31,7 @@ POSITIVE = (
     *("cispo_max_ratio", "importance_weight_cap", "max_sampling_rounds", "prm_batch_size"),
     *("sapo_tau_positive", "sapo_tau_negative", "dppo_max_difference"),
 )
+TRACKERS = ("tensorboard", "wandb", "trackio")
 VLLM_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 MAX_GRADER_WORKERS = 256
 INSTEAD_OF_A_CLIP = {
@@ -42,9 +43,9 @@ INSTEAD_OF_A_CLIP = {
 Condition = tuple[Callable[[Any], bool], str]
 _CLIP: Condition = lambda c: c.use_clip, "with --use_clip"
 _KL: Condition = lambda c: c.use_kl_penalty and c.beta > 0, "with --use_kl_penalty and beta > 0"
-_TO_BASE: Condition = (
-    lambda c: c.use_kl_penalty and c.beta > 0 and c.kl_to == "base",
-    "with --use_kl_penalty, beta > 0 and --kl_to base",
+_TO_REF: Condition = (
+    lambda c: c.use_kl_penalty and c.beta > 0 and c.kl_to != "old",
+    "with --use_kl_penalty, beta > 0 and --kl_to base or start",
 )
 _WEIGHTS: Condition = lambda c: c.use_importance_weights, "with --use_importance_weights"
 _LENGTH: Condition = lambda c: c.use_length_penalty, "with --use_length_penalty"
@@ -55,7 +56,7 @@ READ_WHERE: dict[str, Condition] = {
     "beta": (lambda c: c.use_kl_penalty, "with --use_kl_penalty"),
     "kl_to": _KL,
     "kl_estimator": _KL,
-    "use_weighted_kl": _TO_BASE,
+    "use_weighted_kl": _TO_REF,
     "clip_eps": _CLIP,
     "clip_eps_high": _CLIP,
     "clip_delta": _CLIP,
@@ -81,6 +82,10 @@ READ_WHERE: dict[str, Condition] = {
     "vllm_move_s": (
         lambda c: c.rollout == "vllm" and len(c.vllm_urls) > 1,
         "with several servers in --vllm_url",
+    ),
+    "project": (
+        lambda c: bool({"wandb", "trackio"} & {*c.report_to}),
+        "with --report_to wandb or trackio",
     ),
     "base_dir": (lambda c: not c.run_dir, "without --run_dir"),
 }
@@ -127,7 +132,8 @@ def _wrong_values(c: Any) -> Iterator[str]:
     for field in dataclasses.fields(c):
         if isinstance(value := getattr(c, field.name), str) and "\0" in value:
             yield f"{field.name}={value!r}: must not hold a NUL"
-    for name in ("model_id", "prm_model_id", "dataset_path", "prompt_template", "base_dir"):
+    for name in ("model_id", "prm_model_id", "dataset_path", "prompt_template", "base_dir",
+                 "project"):  # fmt: skip
         if not getattr(c, name).strip():
             yield f"{name}={getattr(c, name)!r}: must not be empty (default: {_default(c, name)})"
     if not 0 <= c.eval_temperature < float("inf"):
@@ -179,6 +185,8 @@ def _wrong_values(c: Any) -> Iterator[str]:
             f"overlong_cache={c.overlong_cache}: must not exceed "
             f"expected_maximum_length={c.expected_maximum_length}"
         )
+    if {*c.report_to} - {*TRACKERS} or len({*c.report_to}) < len(c.report_to):
+        yield f"report_to={c.report_to!r}: name each of {', '.join(TRACKERS)} at most once, or none"
     unknown = [m for m in c.lora_target_modules if m not in PROJECTIONS]
     if (
         unknown
@@ -243,14 +251,16 @@ def without_effect(c: Any) -> list[str]:
         warnings.append(
             f"eval_top_p={c.eval_top_p} changes nothing with eval_temperature=0 (greedy)"
         )
+    if _TO_REF[0](c) and c.kl_to == "start" and not c.adapter:
+        warnings.append("kl_to=start is kl_to=base without an --adapter to begin from")
     if c.use_kl_penalty and c.beta == 0:
         warnings.append("use_kl_penalty changes nothing with beta=0")
     if c.use_kl_penalty and c.kl_estimator == "k1":
-        if c.kl_to == "base" and not c.use_weighted_kl:
+        if c.kl_to != "old" and not c.use_weighted_kl:
             when = "" if c.updates_per_rollout == 1 else ", at the first update of a rollout,"
             warnings.append(
-                f"kl_estimator=k1 to the base has{when} a gradient whose expectation is zero: it "
-                "adds noise and pulls nowhere; k2 is unbiased there, and so is k1 with "
+                f"kl_estimator=k1 to the {c.kl_to} has{when} a gradient whose expectation is zero: "
+                "it adds noise and pulls nowhere; k2 is unbiased there, and so is k1 with "
                 "--use_weighted_kl"
             )
         elif c.kl_to == "old" and c.updates_per_rollout == 1:

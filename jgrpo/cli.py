@@ -17,7 +17,7 @@ from typing import TypeVar
 from jgrpo.checks import unread_by_evaluation
 from jgrpo.config import Config, config_of_run, load_config
 from jgrpo.errors import SIGNALS, InputError
-from jgrpo.flags import parse_flags
+from jgrpo.flags import parse_flags, plain
 from jgrpo.run.rundir import existing_adapter, last_adapter, read_config, run_of_adapter
 
 KEEP_FREED_MEMORY = (
@@ -29,6 +29,7 @@ CHANGEABLE_ON_RESUME = {
     "gradient_checkpointing",
     "eval_every", "checkpoint_every", "save_total_limit", "checkpoint_keep_period",
     "grader_timeout_s", "grader_workers", "max_logprob_diff", "max_mean_logprob_diff",
+    "report_to", "project",
 }  # fmt: skip
 """Options that a resumed run may change: none of them changes what a step computes, but for the
 order of sums (micro-batches, recomputation)."""
@@ -140,6 +141,11 @@ def parse(kind: type[C], argv: Sequence[str] | None = None, *, name: str = "") -
     command: C = parse_flags(kind, config, args, prog)
     if isinstance(command, Train) and command.resume is not None:
         _check_resume(config, command.options)
+    if not isinstance(command, Evaluate) and command.options.adapter and given.resume is None:
+        from jgrpo.run.session import begun  # only now: help and mistakes do not wait for JAX
+
+        words = {word.partition("=")[0].removeprefix("--") for word in plain(args)}
+        command = dataclasses.replace(command, options=begun(command.options, words))
     if isinstance(command, Evaluate):
         against = command.against if str(command.against) == "base" else _last_of(command.against)
         command = dataclasses.replace(command, adapter=_adapter_of(command), against=against)

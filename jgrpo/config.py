@@ -17,8 +17,8 @@ from typing import Literal
 from jgrpo.checks import PROJECTIONS, VLLM_LORA_RANKS, problems_of
 from jgrpo.errors import InputError
 
-PATHS = ("model_id", "prm_model_id", "dataset_path", "eval_dataset_path", "prompt_template",
-         "base_dir", "run_dir")  # fmt: skip
+PATHS = ("model_id", "adapter", "prm_model_id", "dataset_path", "eval_dataset_path",
+         "prompt_template", "base_dir", "run_dir")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +28,9 @@ class Config:
     # -- model and adapter
     model_id: str = "Qwen/Qwen3-1.7B"
     """Base model: a hub id, or a folder with config.json, *.safetensors and a tokenizer."""
+    adapter: str = ""
+    """Begin from this adapter (a PEFT folder, an SFT's say; a run folder is its last one's), whose
+    rank, alpha and targets hold. Empty: a fresh one, which is the base."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Base weights and activations; norms, softmax, logsumexp, adapter and Adam stay float32."""
     lora_r: int = 1
@@ -84,12 +87,12 @@ class Config:
     """Add beta times a KL estimate, per token."""
     beta: float = 0.04
     """Weight of the KL penalty."""
-    kl_to: Literal["old", "base"] = "old"
-    """KL to the policy at the start of the step (the study's), or to the base model (adapter off;
-    a forward pass more)."""
+    kl_to: Literal["old", "base", "start"] = "old"
+    """KL to the policy at the start of the step (the study's), to the base model (adapter off), or
+    to the adapter that the run began from (--adapter); the last two take a forward pass more."""
     use_weighted_kl: bool = False
-    """Weigh the KL to the base by the ratio, which makes k1 and k3 unbiased after the first update
-    of a rollout too (DeepSeek-V3.2; TRL's default)."""
+    """Weigh the KL to base or start by the ratio, which makes k1 and k3 unbiased after the first
+    update of a rollout too (DeepSeek-V3.2; TRL's default)."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """k3 = e^d - d - 1, k1 = -d, k2 = d^2 / 2 (Schulman 2020), with d = log pi_other - log pi_of
     the samples; losses.py states the bias of each."""
@@ -212,6 +215,11 @@ class Config:
     """Runs are numbered folders in here."""
     run_dir: str = ""
     """This run's folder instead; must be new or empty."""
+    report_to: tuple[str, ...] = ("tensorboard",)
+    """Where metrics go beside metrics.jsonl, one or several of tensorboard (a file in the run's
+    folder), wandb and trackio (`pip install 'jgrpo[wandb]'`); none: to none."""
+    project: str = "jgrpo"
+    """The project of the run at wandb or trackio."""
     eval_every: int = 5
     """Steps between evaluations (also before the first and after the last); 0: never."""
     n_eval_prompts: int = 1000
@@ -240,7 +248,11 @@ class Config:
         if isinstance(self.reward_function, str):  # one, or none
             one = (self.reward_function,) if self.reward_function else ()
             object.__setattr__(self, "reward_function", one)
-        for name in ("reward_function", "reward_weights"):
+        if self.report_to in ("none", ["none"], ("none",)):
+            object.__setattr__(self, "report_to", ())
+        if isinstance(self.report_to, str):
+            object.__setattr__(self, "report_to", (self.report_to,))
+        for name in ("reward_function", "reward_weights", "report_to"):
             if isinstance(value := getattr(self, name), list):
                 object.__setattr__(self, name, tuple(value))
         if problems := problems_of(self):

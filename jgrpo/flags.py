@@ -52,11 +52,13 @@ DERIVED = {
 
 def parse_flags(kind: type, config: Config, args: Sequence[str], prog: str) -> Any:
     """A command's dataclass, whose `options` is a Config, from the words after its name; `config`
-    gives the defaults. Ends the process where the words cannot be read; InputError where the
-    values cannot be used."""
+    gives the defaults, and what a flag of the command's own hides. Ends the process where the words
+    cannot be read; InputError where the values cannot be used."""
     words = plain([*args])
     own = [f for f in dataclasses.fields(kind) if f.name != "options"]
-    groups = {title: _group(title, names, config) for title, names in sections().items()}
+    hidden = {f.name: getattr(config, f.name) for f in own if hasattr(config, f.name)}
+    names_of = {title: [n for n in names if n not in hidden] for title, names in sections().items()}
+    groups = {title: _group(title, names, config) for title, names in names_of.items()}
     fields: list[Any] = [(f.name, _flag(f, docs_of(kind)), _default(f)) for f in own]
     for title, group in groups.items():
         there: Any = Annotated[group, tyro.conf.arg(name=title), tyro.conf.OmitArgPrefixes]  # type: ignore[valid-type]
@@ -64,7 +66,7 @@ def parse_flags(kind: type, config: Config, args: Sequence[str], prog: str) -> A
     flat = dataclasses.make_dataclass(kind.__name__, fields)
     flat.__doc__ = kind.__doc__
     read: Any = tyro.cli(flat, args=words, prog=prog, use_underscores=True)
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = hidden
     for title in groups:
         values |= vars(getattr(read, _name(title)))
     return kind(options=Config(**values), **{f.name: getattr(read, f.name) for f in own})

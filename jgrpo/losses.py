@@ -82,11 +82,11 @@ def surrogate(
 # the gradient (tests/test_losses.py has these as exact sums):
 #   p trained, q old (kl_to=old):  k1 and k3 have the gradient of KL(old || new) in expectation; k2
 #                                  that of E_old[d^2] / 2.
-#   q trained, p base (kl_to=base): k2 has the gradient of KL(new || base) in expectation; k1 has
-#                                  expectation zero; k3 has the gradient of KL(base || new). This
+#   q trained, p fixed (kl_to=base, start): k2 has the gradient of KL(new || p) in expectation; k1
+#                                  has expectation zero; k3 has the gradient of KL(p || new). This
 #                                  holds on policy: later updates of a rollout have samples of the
 #                                  old policy.
-#   the same, times the ratio:     k1 and k3 have value and gradient of KL(new || base), also
+#   the same, times the ratio:     k1 and k3 have value and gradient of KL(new || p), also
 #                                  off policy (DeepSeek-V3.2, 2025, eq. 7).
 # All of it is of one token's distribution given its prefix, not of whole completions.
 

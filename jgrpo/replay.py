@@ -24,7 +24,7 @@ import tyro
 
 from jgrpo.policy import adapter as adapters
 from jgrpo.run.checkpoint import Checkpoints
-from jgrpo.run.rundir import existing_adapter, read_metrics, rollouts_file
+from jgrpo.run.rundir import as_begun, existing_adapter, read_metrics, rollouts_file
 from jgrpo.run.session import configure_jax, open_policy
 from jgrpo.study.compare import read_rollouts, saved_rows
 from jgrpo.update.learner import Learner
@@ -62,9 +62,9 @@ def replay(run: Path, step: int) -> dict[str, tuple[float, float]]:
             f"step {step} made {config.updates_per_rollout} updates, so that Adam's state before "
             f"it is needed: --step can be {' or '.join(str(k + 1) for k in saved) or 'none'}"
         )
-    policy = open_policy(config)
+    policy = open_policy(as_begun(config, run))
     before = adapters.load(existing_adapter(run, step - 1), policy.adapter)
-    learner = Learner(config, policy.graph, before, policy.base)
+    learner = Learner(config, policy.graph, before, policy.base, start=policy.adapter)
     if step - 1 in saved:
         learner.state = checkpoints.restore(step - 1, learner.state)
     metrics = learner.learn(saved_rows(config, lines))

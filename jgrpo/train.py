@@ -38,6 +38,7 @@ from jgrpo.run.rundir import adapter_folder, read_metrics, run_id, write_rollout
 from jgrpo.run.runlog import RunLog
 from jgrpo.run.session import (
     Session,
+    begun,
     columns_of,
     configure_jax,
     open_policy,
@@ -73,10 +74,11 @@ class Loop:
             metrics = self.learner.learn(rollout.rows(advantages, c.mask_truncated_completions))
         self.check_policy(step, metrics)
         with log.phase("export"):
-            write_rollouts(self.record.run_dir, step, rollout.lines(advantages))
+            lines = [*rollout.lines(advantages)]
+            write_rollouts(self.record.run_dir, step, lines)
         self.publish(step)
         metrics |= step_metrics(rollout, rewards, advantages) | log.take_seconds()
-        log.log(step, metrics | {"time/step": time.perf_counter() - start_s})
+        log.log(step, metrics | {"time/step": time.perf_counter() - start_s}, lines)
         self.record.keep(step, self.learner.state)
         self.check_updates(step, metrics)
 
@@ -167,7 +169,7 @@ class Loop:
         n_completions = len(problems.evaluation) * c.eval_n_samples
         with self.log.phase("evaluation", n_completions) as progress:
             result = evaluate(c, self.sampler, session.grader, problems, progress)
-        self.log.log(step, result.metrics | self.log.take_seconds())
+        self.log.log(step, result.metrics | self.log.take_seconds(), result.table())
 
 
 def train(config: Config, resume: Path | None = None) -> Path:
@@ -176,6 +178,7 @@ def train(config: Config, resume: Path | None = None) -> Path:
     Whatever ends it leaves a checkpoint of the last whole step behind, if the disk takes it.
     """
     configure_jax()
+    config = begun(config) if resume is None else config
     with ExitStack() as stack:
         session = open_session(config, stack)
         record = Record(session, resume, stack)
@@ -211,6 +214,7 @@ def step_metrics(rollout, rewards, advantages) -> dict[str, float]:
 def dry_run(config: Config) -> None:
     """Read all input but the weights, and print what training will take of the memory."""
     configure_jax()
+    config = begun(config)
     problems = open_problems(config)
     load_functions(config.reward_function, columns_of(problems.train))
     policy = open_policy(config, abstract=True)

@@ -17,11 +17,11 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 from tiny_run import (
     arrays_of,
     comparable,
     curves,
+    on_cards,
     same_bits,
     tiny_config,
     write_base,
@@ -149,12 +149,7 @@ def check_equal(calm: Path, killed: Path) -> None:
     rows = read_metrics(killed)
     assert comparable(rows) == comparable(read_metrics(calm))
     assert (killed / "metrics.jsonl").read_text().count("\n") == len(rows)
-    assert curves(killed) == {
-        (tag, row["step"]): [float(np.float32(value))]
-        for row in rows
-        for tag, value in row.items()
-        if tag != "step" and value is not None
-    }
+    assert curves(killed) == on_cards(rows)
     for folder in ("adapters", "rollouts", "checkpoints"):
         names = [sorted(f.name for f in (run / folder).iterdir()) for run in (calm, killed)]
         assert names[0] == names[1]

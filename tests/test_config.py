@@ -10,7 +10,7 @@ from jgrpo import cli
 from jgrpo.checks import READ_WHERE, unread, without_effect
 from jgrpo.config import PATHS, PROJECTIONS, Config, load_config
 from jgrpo.errors import InputError
-from jgrpo.update.learner import loss_of, needs_base, pulls_without_advantage
+from jgrpo.update.learner import loss_of, needs_ref, pulls_without_advantage
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -329,6 +329,7 @@ def test_every_option_that_may_be_idle_is_named_exactly_while_nothing_reads_it()
         "vllm_timeout_s": {"rollout": "vllm"},
         "vllm_move_s": {"rollout": "vllm", "vllm_url": "http://x:1,http://x:2"},
         "base_dir": {"run_dir": ""},
+        "project": {"report_to": ("wandb",)},
         "use_token_level_loss": {"loss_type": "grpo"},
     }
     off = {"vllm_url": {"rollout": "jax"}, "vllm_timeout_s": {"rollout": "jax"},
@@ -337,7 +338,8 @@ def test_every_option_that_may_be_idle_is_named_exactly_while_nothing_reads_it()
            }  # fmt: skip
     other = {"kl_to": "base", "kl_estimator": "k2", "clip_eps_high": 0.5, "clip_delta": 3.0,
              "importance_weight_mode": "token_mask", "reward_weights": (0.5,),
-             "vllm_url": "http://x:1", "prm_model_id": "x", "base_dir": "y"}  # fmt: skip
+             "vllm_url": "http://x:1", "prm_model_id": "x", "base_dir": "y",
+             "project": "p"}  # fmt: skip
     assert asked.keys() == READ_WHERE.keys()
     assert READ_WHERE.keys() <= {f.name for f in dataclasses.fields(Config)}
     assert unread(Config()) == []
@@ -364,7 +366,7 @@ def reads_of_the_loss(**options) -> set[str]:
     Reads.seen = set()
     config = Reads(**options)
     Reads.seen = set()
-    loss_of(config), needs_base(config), pulls_without_advantage(config)
+    loss_of(config), needs_ref(config), pulls_without_advantage(config)
     return Reads.seen
 
 

@@ -115,6 +115,7 @@ def comparable(rows: list[dict]) -> list[dict]:
 def curves(run: Path) -> dict[tuple[str, int], list[float]]:
     """The points that TensorBoard shows, {(tag, step): values}: it reads the event files in the
     order of their names, up to a torn record, and drops, at a START, the steps from there on.
+    Texts, charts and hparams are not among them.
 
     A record: length (8 bytes), its checksum (4), the event, its checksum (4).
     """
@@ -127,8 +128,25 @@ def curves(run: Path) -> dict[tuple[str, int], list[float]]:
             if event.session_log.status == SessionLog.START:
                 points = {key: values for key, values in points.items() if key[1] < event.step}
             for value in event.summary.value:
-                points.setdefault((value.tag, event.step), []).append(value.simple_value)
+                if value.WhichOneof("value") == "simple_value":
+                    points.setdefault((value.tag, event.step), []).append(value.simple_value)
     return points
+
+
+def on_cards(rows: list[dict]) -> dict[tuple[str, int], list[float]]:
+    """The points of metrics.jsonl that TensorBoard should show: tags of which two values differ, or
+    that have only one."""
+    by_tag: dict[str, dict[int, float]] = {}
+    for row in rows:
+        for tag, value in row.items():
+            if tag != "step" and value is not None:
+                by_tag.setdefault(tag, {})[row["step"]] = value
+    return {
+        (tag, step): [float(np.float32(value))]
+        for tag, points in by_tag.items()
+        if len(points) == 1 or len({*points.values()}) > 1
+        for step, value in points.items()
+    }
 
 
 def arrays_of(adapter: Path) -> dict[str, np.ndarray]:

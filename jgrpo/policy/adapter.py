@@ -5,6 +5,7 @@ A folder is written under another name and renamed, so that it is whole or absen
 written twice: vLLM's prefix cache knows an adapter by its path, and would serve the old one.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -100,6 +101,18 @@ def save_model_adapter(model: Decoder, folder: Path) -> None:
         raise InputError("this model has no adapter; load it with lora_r of 1 or more")
     shape = AdapterConfig(model.rank, model.alpha, model.target_modules)
     save(adapter, folder, shape, model.base_model)
+
+
+def fingerprint(folder: Path) -> str:
+    """Of all that a PEFT folder says. InputError if it is none."""
+    read_config(folder)
+    whole = hashlib.sha256((Path(folder) / CONFIG_FILE).read_bytes())
+    try:
+        with (Path(folder) / WEIGHTS_FILE).open("rb") as weights:
+            whole.update(hashlib.file_digest(weights, "sha256").digest())
+    except OSError as error:
+        raise InputError(f"{folder / WEIGHTS_FILE} cannot be read: {error}") from None
+    return whole.hexdigest()[:16]
 
 
 def read_config(folder: Path) -> AdapterConfig:

@@ -73,6 +73,11 @@ def split(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
     return graph, adapter, base
 
 
+def switched_off(adapter: nnx.State) -> nnx.State:
+    """All zeros: the model with it is the base."""
+    return jax.tree.map(jnp.zeros_like, adapter)
+
+
 def _uniform(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     bound = 1 / math.sqrt(shape[-2])
     return jax.random.uniform(key, shape, minval=-bound, maxval=bound)

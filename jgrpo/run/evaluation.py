@@ -5,6 +5,7 @@ this.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -14,6 +15,9 @@ from jgrpo.estimators import Interval, maj_at_k, mean_interval, pass_at_k, power
 from jgrpo.prompts.problems import Problem
 from jgrpo.rollout.protocol import Completion, Progress, Sampler, prompt_seeds
 from jgrpo.run.session import Problems
+
+TABLE_ROWS = 50
+"""Problems of an evaluation that trackers get."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,14 @@ class Evaluation:
             "eval/truncated_fraction": float(np.mean([c.finish_reason == "length" for c in flat])),
             "eval/avg_gen_length": float(np.mean([len(c.token_ids) for c in flat])),
         }
+
+    def table(self) -> list[dict[str, Any]]:
+        """The first problems, a row each, with the first completion: for trackers."""
+        parts = zip(self.asked, self.texts, self.scores["accuracy"].tolist(), strict=True)
+        return [
+            {"accuracy": score, "gold": p.gold, "problem": p.problem, "completion": texts[0]}
+            for p, texts, score in [*parts][:TABLE_ROWS]
+        ]
 
 
 def evaluate(

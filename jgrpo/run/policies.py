@@ -1,27 +1,13 @@
 """Several policies, one after another: the base and adapters of any rank, each in a sampler."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
 from jgrpo.config import Config
-from jgrpo.policy.adapter import load, read_config
+from jgrpo.policy.adapter import load
 from jgrpo.rollout.protocol import Sampler
-from jgrpo.run.session import open_policy, open_sampler
-
-
-def shaped(config: Config, adapter: Path | None) -> Config:
-    """The config with the adapter's own rank, alpha and targets. InputError if it is no adapter."""
-    if adapter is None:
-        return config
-    shape = read_config(adapter)
-    return replace(
-        config,
-        lora_r=shape.rank,
-        lora_alpha=shape.alpha,
-        lora_target_modules=shape.target_modules,
-    )
+from jgrpo.run.session import open_policy, open_sampler, shaped
 
 
 def check_adapters(config: Config, adapters: Sequence[Path | None]) -> None:

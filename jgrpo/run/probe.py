@@ -19,7 +19,7 @@ from jgrpo.policy import adapter as adapters
 from jgrpo.policy.adapter import AdapterConfig
 from jgrpo.policy.batch import Rows, micro_batches
 from jgrpo.policy.logprobs import token_logprobs
-from jgrpo.policy.lora import fresh_adapter
+from jgrpo.policy.lora import fresh_adapter, switched_off
 from jgrpo.policy.tracing import traced
 from jgrpo.rollout.protocol import Sampler, prompt_seeds
 from jgrpo.run.session import Policy, Problems
@@ -61,9 +61,8 @@ def check_sampler(
     tokens = [c.token_ids for c in completions]
     reported = np.concatenate([c.logprobs for c in completions])
     to_probe = np.abs(reported - _logprobs(policy, probe, prompts, tokens, config.temperature))
-    to_base = np.abs(
-        reported - _logprobs(policy, policy.adapter, prompts, tokens, config.temperature)
-    )
+    off = switched_off(policy.adapter)
+    to_base = np.abs(reported - _logprobs(policy, off, prompts, tokens, config.temperature))
     gaps = {"probe/gap_mean": to_probe.mean(), "probe/gap_max": to_probe.max(),
             "probe/gap_to_base_mean": to_base.mean()}  # fmt: skip
     figures = (
@@ -112,7 +111,7 @@ def _probe_adapter(policy: Policy, prompts: list[list[int]], config: Config) -> 
     fresh = nnx.to_flat_state(fresh_adapter(policy.adapter, config.seed + 1))
     keys = jax.random.split(jax.random.key(config.seed + 1), len(fresh))
     heads, tails = [p[:1] for p in prompts], [p[1:] for p in prompts]
-    before = _logprobs(policy, policy.adapter, heads, tails, 1.0)
+    before = _logprobs(policy, switched_off(policy.adapter), heads, tails, 1.0)
 
     def scaled(power: int) -> nnx.State:
         return nnx.from_flat_state(

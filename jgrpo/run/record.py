@@ -82,7 +82,13 @@ class Record:
             write_config(run_dir, c, {"inputs": self.inputs, **devices})
         resume_step = self.first if self.resumed else None
         log = stack.enter_context(
-            RunLog(run_dir, c.n_grpo_steps, columns=columns_of(c), resume_step=resume_step)
+            RunLog(
+                run_dir,
+                c.n_grpo_steps,
+                columns=columns_of(c),
+                resume_step=resume_step,
+                config=c,
+            )
         )
         stack.enter_context(log.warnings())
         if self.resumed:

@@ -117,6 +117,13 @@ def existing_adapter(run_dir: Path, step: int) -> Path:
     return folder
 
 
+def as_begun(config: Any, run_dir: Path) -> Any:
+    """The config of a run that began from an adapter, which the run has a copy of: its step 0."""
+    if not config.adapter:
+        return config
+    return dataclasses.replace(config, adapter=str(existing_adapter(run_dir, 0)))
+
+
 def kept_adapters(run_dir: Path) -> dict[int, Path]:
     """The adapters that a run folder holds, by step, first to last."""
     folders = sorted((run_dir / "adapters").glob("step_*"))

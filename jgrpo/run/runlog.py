@@ -1,5 +1,5 @@
-"""What a run tells: metrics to JSON lines, TensorBoard and the terminal (terminal.py); phases with
-a bar each; what is being compiled.
+"""What a run tells: metrics to JSON lines, trackers (trackers.py) and the terminal (terminal.py);
+phases with a bar each; what is being compiled.
 
 On a terminal two bars (steps, and the phase at work) stay below the lines that scroll by. Elsewhere
 (a file, a pipe) there are only the lines, without control codes.
@@ -16,15 +16,22 @@ from typing import Any
 from rich.console import Console
 from rich.progress import TaskID
 from rich.text import Text
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
 
+from jgrpo.config import Config
 from jgrpo.errors import READER_GONE, RunError, printable
 from jgrpo.rollout.protocol import Progress as Advance
 from jgrpo.run.compiling import Compilations
 from jgrpo.run.rundir import json_line, jsonable, truncate_metrics
 from jgrpo.run.terminal import ACCURACY, COLUMNS, Column, StepLines, TimeLeft, bars, clock
+from jgrpo.run.told import one_of_each
+from jgrpo.run.trackers import Trackers
+
+OF_A_COMPLETION = ("reward", "advantage", "gold", "problem", "completion")
+
+
+def sample_of(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A right and a wrong completion of a step, as a tracker shows them."""
+    return [{name: row[name] for name in OF_A_COMPLETION} for row in one_of_each(rows)]
 
 
 def is_evaluation(tag: str) -> bool:
@@ -44,9 +51,9 @@ class _Console(Console):
 class RunLog:
     """The log of one run; a context manager, so that the terminal is whole again after an error.
 
-    `resume_step`: go on after this step; what was logged of later ones is removed (TensorBoard:
-    hidden by the first event of the next file). `live` and `console` follow the terminal unless
-    given. The seconds of each phase add up in `seconds`, until `take_seconds` hands them over;
+    `resume_step`: go on after this step; what was logged of later ones is removed. `config`
+    names the trackers, which get it too. `live` and `console` follow the terminal unless given. The
+    seconds of each phase add up in `seconds`, until `take_seconds` hands them over;
     those that compilation took of them, in `compile`.
     """
 
@@ -57,6 +64,7 @@ class RunLog:
         *,
         columns: Sequence[Column] = (ACCURACY, *COLUMNS),
         resume_step: int | None = None,
+        config: Config | None = None,
         live: bool | None = None,
         console: Console | None = None,
     ) -> None:
@@ -68,19 +76,11 @@ class RunLog:
         self._lines = StepLines(columns, n_steps, self.console.width)
         self._left = TimeLeft(n_steps)
         self._header_shown = False
-        rows = [] if resume_step is None else truncate_metrics(run_dir, resume_step)
+        rows = None if resume_step is None else truncate_metrics(run_dir, resume_step)
         # Unbuffered: one write a line, so that a killed run tears at most the last.
         self._file = (run_dir / "metrics.jsonl").open("ab", buffering=0)
-        # Names go by the second; TensorBoard reads the files in the order of their names.
-        n_files = len(list(run_dir.glob("events.out.tfevents.*")))
-        # Not SummaryWriter: its thread would keep the last points back, and on a full disk die.
-        self._events = EventsWriter(str(run_dir / "events"), f".{n_files:06d}")
-        if resume_step is not None:
-            start = SessionLog(status=SessionLog.START)
-            self._events.write_event(Event(step=resume_step, session_log=start))
-            for row in rows:  # the last step's again: a kill may have come between the two logs
-                if row["step"] == resume_step:
-                    self._add_event(row)
+        tell = lambda line: self.info(line, style="yellow")  # noqa: E731
+        self._trackers = Trackers(config or Config(), run_dir, rows, tell)
         self._compiling = Compilations(lambda line: self.info(line, style="dim"))
         is_live = self.console.is_terminal if live is None else live
         self._progress = bars(self.console, is_live, lambda: self._compiling.now)
@@ -99,8 +99,7 @@ class RunLog:
         self._progress.stop()
         self._compiling.close()
         self._file.close()
-        with contextlib.suppress(OSError):  # a full disk was told of when it was written to
-            self._events.close()
+        self._trackers.close()
 
     def info(self, text: str, *, style: str = "") -> None:
         """Print text of any origin: nothing in it is taken for markup or a control code."""
@@ -118,10 +117,13 @@ class RunLog:
         finally:
             logging.getLogger("jgrpo").removeHandler(handler)
 
-    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Write the metrics of one step; those of an evaluation become a line of their own.
+    def log(
+        self, step: int, metrics: Mapping[str, Any], rows: Sequence[Mapping[str, Any]] = ()
+    ) -> None:
+        """Write the metrics of one step; those of an evaluation become a line of their own. `rows`
+        are its completions, of which the trackers get some.
 
-        NaN and infinity are null in metrics.jsonl and left out of TensorBoard. Raises RunError if
+        NaN and infinity are null in metrics.jsonl and left out of the trackers. Raises RunError if
         the disk does not take them.
         """
         evaluation = {tag: value for tag, value in metrics.items() if is_evaluation(tag)}
@@ -130,9 +132,11 @@ class RunLog:
             if part:
                 self._write(step, jsonable(part))
         if training:
+            self._trackers.table("completions/training", step, jsonable(sample_of(rows)))
             self._show_step(step, jsonable(training))
             self._show_left(step, self._left.after_step(step, training))
         if evaluation:
+            self._trackers.table("completions/evaluation", step, jsonable(rows))
             self._show_evaluation(step, jsonable(evaluation))
             self._show_left(step, self._left.after_evaluation(step, evaluation))
 
@@ -178,24 +182,13 @@ class RunLog:
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
     def _write(self, step: int, metrics: Mapping[str, Any]) -> None:
-        row = {"step": step, **metrics}
-        line = json_line(row).encode()
+        line = json_line({"step": step, **metrics}).encode()
         try:
             while line:  # a disk that is nearly full takes a part, and fails at the next
                 line = line[self._file.write(line) :]
-            self._add_event(row)
         except OSError as error:
             raise RunError(f"{self._run_dir}: the metrics cannot be written: {error}") from error
-
-    def _add_event(self, row: Mapping[str, Any]) -> None:
-        values = [
-            Summary.Value(tag=tag, simple_value=value)
-            for tag, value in row.items()
-            if tag != "step" and value is not None
-        ]
-        event = Event(wall_time=time.time(), step=row["step"], summary=Summary(value=values))
-        self._events.write_event(event)
-        self._events.flush()
+        self._trackers.log(step, metrics)
 
     def _show_step(self, step: int, metrics: Mapping[str, Any]) -> None:
         if not self._header_shown:

@@ -7,9 +7,9 @@ import json
 import os
 import shlex
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ from flax import nnx
 from transformers import PreTrainedTokenizerBase
 
 from jgrpo.answers.grader import Grader
-from jgrpo.config import Config
+from jgrpo.config import PROJECTIONS, Config
 from jgrpo.errors import InputError, short
+from jgrpo.policy import adapter as adapters
 from jgrpo.policy.lora import split
 from jgrpo.policy.weights import (
     abstract_model,
@@ -39,7 +40,12 @@ from jgrpo.prompts.tokenizer import (
 from jgrpo.rollout.embedded import JaxSampler
 from jgrpo.rollout.protocol import Completion, Sampler
 from jgrpo.rollout.vllm import VllmSampler
+from jgrpo.run.rundir import last_adapter, run_of_adapter
 from jgrpo.run.scoring import Scorers, open_scorers
+from jgrpo.run.trackers import check_installed
+
+SHAPE = ("lora_r", "lora_alpha", "lora_target_modules")
+"""Options that an adapter brings with it."""
 
 
 @dataclass(frozen=True)
@@ -90,15 +96,17 @@ class Session:
 
     def __str__(self) -> str:
         c, states = self.config, (self.policy.base, self.policy.adapter)
+        origin = f", begun from {short(c.adapter)}," if c.adapter else ""
         base, adapter = (sum(x.size for x in jax.tree.leaves(state)) for state in states)
         return (
             f"{short(c.model_id)}: {base:,} parameters ({c.dtype}); rank-{c.lora_r} adapter: "
-            f"{adapter:,} ({adapter / base:.2%}) on {jax.devices()[0].device_kind}"
+            f"{adapter:,} ({adapter / base:.2%}){origin} on {jax.devices()[0].device_kind}"
         )
 
 
 def open_session(config: Config, stack: ExitStack) -> Session:
     """Everything but the sampler; what is cheap to find wrong first. InputError says what is."""
+    check_installed(config.report_to)
     problems = open_problems(config)
     grader = open_grader(config, stack)
     scorers = open_scorers(config, columns_of(problems.train))
@@ -157,6 +165,43 @@ def open_problems(config: Config) -> Problems:
     return Problems(tokenizer, stops, train, evaluation, report, templates)
 
 
+def shaped(config: Config, adapter: Path | None) -> Config:
+    """The config with the adapter's own rank, alpha and targets, and nothing else to begin from.
+    InputError if it is no adapter."""
+    config = replace(config, adapter="")
+    if adapter is None:
+        return config
+    shape = adapters.read_config(adapter)
+    return replace(
+        config,
+        lora_r=shape.rank,
+        lora_alpha=shape.alpha,
+        lora_target_modules=tuple(p for p in PROJECTIONS if p in shape.target_modules),
+    )
+
+
+def begun(config: Config, given: Collection[str] = ()) -> Config:
+    """The config with the shape of the adapter that it begins from, if it names one: a PEFT folder,
+    or a run for its last. InputError for an option of another value than the adapter has, if it was
+    asked for: it is among the `given`, or not the default."""
+    if not config.adapter:
+        return config
+    folder = Path(config.adapter)
+    folder = last_adapter(folder) if run_of_adapter(folder) == folder else folder
+    own, default = shaped(config, folder), {f.name: f.default for f in fields(config)}
+    alike = lambda x: {*x} if isinstance(x, tuple) else x  # noqa: E731
+    shape = {name: getattr(own, name) for name in SHAPE}
+    odd = [
+        f"{name}={asked!r}, and the adapter has {there!r}"
+        for name, there in shape.items()
+        if alike(asked := getattr(config, name)) != alike(there)
+        and (name in given or alike(asked) != alike(default[name]))
+    ]
+    if odd:
+        raise InputError(f"adapter={folder}: {'; '.join(odd)}: leave the option away")
+    return replace(config, adapter=str(folder), **shape)
+
+
 def columns_of(problems: Sequence[Problem]) -> list[str]:
     """The names of the columns that reward functions may ask for."""
     return list(dict.fromkeys(name for problem in problems for name in problem.columns))
@@ -164,14 +209,17 @@ def columns_of(problems: Sequence[Problem]) -> list[str]:
 
 def fingerprints(config: Config, problems: Problems) -> dict[str, str]:
     """Of what a run is made from beside its options: a resumed one must find the same."""
+    begun_from = {"adapter": adapters.fingerprint(Path(config.adapter))} if config.adapter else {}
     return {
         "model": weights_fingerprint(model_folder(config.model_id)),
         "problems": problems.fingerprint,
+        **begun_from,
     }
 
 
 def open_policy(config: Config, *, abstract: bool = False) -> Policy:
-    """The base model with a fresh adapter; `abstract`: shapes alone, for who only needs those."""
+    """The base model with a fresh adapter, or the one that the config begins from; `abstract`:
+    shapes alone, for who only needs those. InputError if that adapter does not fit the model."""
     if config.attn_implementation == "cudnn" and (found := jax.default_backend()) != "gpu":
         raise InputError(f"attn_implementation=cudnn needs a GPU, JAX has {found}; take xla")
     folder = model_folder(config.model_id)
@@ -181,9 +229,12 @@ def open_policy(config: Config, *, abstract: bool = False) -> Policy:
         "alpha": config.lora_alpha,
         "target_modules": config.lora_target_modules,
     }
+    shapes = Policy(*split(abstract_model(folder, **shape)))
+    start = adapters.load(Path(config.adapter), shapes.adapter) if config.adapter else None
     if abstract:
-        return Policy(*split(abstract_model(folder, **shape)))
-    return Policy(*split(load_model(folder, **shape, seed=config.seed)))
+        return shapes
+    policy = Policy(*split(load_model(folder, **shape, seed=config.seed)))
+    return policy if start is None else replace(policy, adapter=start)
 
 
 def open_sampler(

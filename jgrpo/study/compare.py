@@ -23,11 +23,12 @@ from jgrpo.errors import InputError
 from jgrpo.policy import adapter as adapters
 from jgrpo.policy.batch import MicroBatch, Rows, completion_mask, micro_batches
 from jgrpo.policy.logprobs import token_logprobs
+from jgrpo.policy.lora import switched_off
 from jgrpo.rewards.parts import combine, length_penalty
 from jgrpo.run.rundir import existing_adapter
 from jgrpo.run.scoring import Scorers
 from jgrpo.run.session import Policy
-from jgrpo.update.learner import loss_of, needs_base
+from jgrpo.update.learner import loss_of, needs_ref, ref_adapter
 from jgrpo.update.step import Loss, loss_denominator
 
 Line = Mapping[str, Any]
@@ -98,28 +99,34 @@ def rows_for(config: Config, lines: Sequence[Line], scorers: Scorers) -> Rows:
 
 
 def compare(
-    variants: Mapping[str, Config], rows: Sequence[Rows], policy: Policy, old_adapter: nnx.State
+    variants: Mapping[str, Config],
+    rows: Sequence[Rows],
+    policy: Policy,
+    old_adapter: nnx.State,
+    start: nnx.State | None = None,
 ) -> Comparison:
     """Every variant's loss and adapter gradient on the same rollouts, M of each.
 
-    `policy.adapter` is the policy that is differentiated, `old_adapter` the one that sampled.
+    `policy.adapter` is the policy that is differentiated, `old_adapter` the one that sampled,
+    `start` the one that the run began from (None: the base).
     """
     configs = list(variants.values())
     losses = [loss_of(c) for c in configs]
-    base_wanted = [needs_base(c) for c in configs]
+    ref_wanted = [c.kl_to if needs_ref(c) else None for c in configs]
+    start = switched_off(policy.adapter) if start is None else start
+    refs = {c.kl_to: ref_adapter(c, start) for c in configs if needs_ref(c)}
     entropy_gradient = any(c.entropy_coef > 0 for c in configs)
     first = configs[0]
     stacks = [_micro_batches(r, first) for r in rows]
     forward = _Forward(policy.graph, first.temperature, entropy_gradient)
-    step = jax.jit(lambda *args: _gradients(forward, losses, base_wanted, *args))
+    step = jax.jit(lambda *args: _gradients(forward, losses, ref_wanted, *args))
     logprobs_of = jax.jit(lambda *args: forward(*args)[0])
-    off = jax.tree.map(jnp.zeros_like, policy.adapter)
     total: Any = None
     for same in zip(*stacks, strict=True):  # one micro-batch, as each variant has it
         advantages, masks = np.stack([b.advantages for b in same]), np.stack([b.mask for b in same])
         batch = same[0]._replace(mask=masks.max(axis=0))
         old = logprobs_of(old_adapter, policy.base, batch)
-        ref = logprobs_of(off, policy.base, batch) if any(base_wanted) else None
+        ref = {name: logprobs_of(ref, policy.base, batch) for name, ref in refs.items()}
         new = step(policy.adapter, policy.base, batch, old, ref, advantages, masks)
         total = new if total is None else jax.tree.map(jnp.add, total, new)
     denominators = [
@@ -153,7 +160,7 @@ def _micro_batches(rows: Rows, config: Config) -> list[MicroBatch]:
 
 
 def _gradients(
-    forward: _Forward, losses: Sequence[Loss], base_wanted: Sequence[bool],
+    forward: _Forward, losses: Sequence[Loss], ref_wanted: Sequence[str | None],
     adapter, base, batch, old, ref, advantages, masks,
 ):  # fmt: skip
     """Numerators [M], gradients (a leading M on each array) and metrics of one micro-batch."""
@@ -164,8 +171,8 @@ def _gradients(
         def numerator(outputs, i=i, loss=loss):
             logprobs, entropies = outputs
             arrays = {"sampler_logprobs": batch.sampler_logprobs, "entropies": entropies}
-            if base_wanted[i]:
-                arrays["ref_logprobs"] = ref
+            if (wanted := ref_wanted[i]) is not None:
+                arrays["ref_logprobs"] = ref[wanted]
             value, _, sums = loss(logprobs, old, advantages[i], masks[i], **arrays)
             return value, sums | {"tokens": masks[i].sum()}
 

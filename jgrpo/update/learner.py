@@ -1,12 +1,12 @@
 """The policy that is trained: adapter and optimizer state, and how one rollout changes them.
 
-Old and base logprobs are computed where a technique needs them, and only there: with one update a
-rollout the policy is the old one, and without a KL to the base nobody asks for the base.
+Old and reference logprobs are computed where a technique needs them, and only there: with one
+update a rollout the policy is the old one, and without a KL to base or start nobody asks for them.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ from flax import nnx
 from jgrpo.config import Config
 from jgrpo.losses import LOSSES
 from jgrpo.policy.batch import MicroBatch, Rows, completion_mask, micro_batches, with_signal
+from jgrpo.policy.lora import switched_off
 from jgrpo.update.step import Loss, Update, adam, learning_rate, loss_denominator
 
 
@@ -49,15 +50,21 @@ def loss_of(config: Config) -> Loss:
     return partial(LOSSES[c.loss_type], **options)
 
 
-def needs_base(config: Config) -> bool:
-    """Does the loss look at the base model's logprobs?"""
-    return config.use_kl_penalty and config.beta > 0 and config.kl_to == "base"
+def needs_ref(config: Config) -> bool:
+    """Does the loss look at the logprobs of the base model, or of the adapter begun from?"""
+    return config.use_kl_penalty and config.beta > 0 and config.kl_to != "old"
+
+
+def ref_adapter(config: Config, start: nnx.State) -> nnx.State:
+    """The adapter of the policy that the KL is to, where `start` is what the run began from: a copy
+    of that, since the first update donates it, or zeros (the base)."""
+    return jax.tree.map(jnp.copy, start) if config.kl_to == "start" else switched_off(start)
 
 
 def pulls_without_advantage(config: Config) -> bool:
     """Can a completion whose advantage is zero have a gradient? (k1's is never zero.)"""
     off_policy = config.updates_per_rollout > 1 or config.kl_estimator == "k1"
-    return (config.use_kl_penalty and (needs_base(config) or off_policy)) or config.entropy_coef > 0
+    return (config.use_kl_penalty and (needs_ref(config) or off_policy)) or config.entropy_coef > 0
 
 
 @dataclass(frozen=True)
@@ -70,10 +77,19 @@ class Part:
 
 class Learner:
     """Holds `state`, (adapter, optimizer state), and changes it a rollout at a time;
-    `skipped_in_a_row` counts the last updates that were not finite."""
+    `skipped_in_a_row` counts the last updates that were not finite. `start` is the adapter that the
+    run began from, where that is not `adapter` itself."""
 
-    def __init__(self, config: Config, graph: nnx.GraphDef, adapter: nnx.State, base: nnx.State):
+    def __init__(
+        self,
+        config: Config,
+        graph: nnx.GraphDef,
+        adapter: nnx.State,
+        base: nnx.State,
+        start: nnx.State | None = None,
+    ):
         self.config, self.base = config, base
+        self.start = adapter if start is None else start
         self.loss = loss_of(config)
         rate = learning_rate(
             config.lr_scheduler_type, config.lr, config.n_updates, config.warmup_steps
@@ -92,6 +108,11 @@ class Learner:
         self.state = adapter, optimizer.init(adapter)
         self.skipped_in_a_row = 0
 
+    @cached_property
+    def ref(self) -> nnx.State:
+        """What the KL is to; made once, before the first update."""
+        return ref_adapter(self.config, self.start)
+
     def learn(self, rows: Rows) -> dict[str, float]:
         """All optimizer updates on one rollout -> metrics, means over the updates (tokens/trained,
         train/skipped_updates: their sum) without those that were skipped."""
@@ -103,9 +124,8 @@ class Learner:
         if len(parts) > 1:
             old = [update.logprobs(adapter, self.base, part.batches) for part in parts]
         ref: list[Any] = [None] * len(parts)
-        if needs_base(c):
-            off = jax.tree.map(jnp.zeros_like, adapter)
-            ref = [update.logprobs(off, self.base, part.batches) for part in parts]
+        if needs_ref(c):
+            ref = [update.logprobs(self.ref, self.base, part.batches) for part in parts]
         history = []
         for _ in range(c.epochs_per_step):
             for i, part in enumerate(parts):

@@ -122,8 +122,10 @@ def test_a_point_that_only_tensorboard_lacks_comes_with_the_resume(tmp_path):
 
 def test_what_is_logged_is_on_the_disk_in_both_places(tmp_path):
     with RunLog(tmp_path, 1, console=plain()) as log:
-        log.log(1, {f"train/{n}": float(n) for n in range(30)})
-        assert len(curves(tmp_path)) == 30
+        for step in (1, 2):
+            log.log(step, {f"train/{n}": float(n * step) for n in range(1, 31)})
+            assert len(lines(tmp_path)) == step
+        assert len(curves(tmp_path)) == 60
 
 
 def test_the_step_line_shows_the_metrics_under_their_titles(tmp_path):
