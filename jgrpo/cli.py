@@ -89,6 +89,9 @@ class Serve(Command):
 
     print: bool = False
     """Show the command and stop."""
+    devices: str = ""
+    """Start a server on each of these (0,1,2,3): ports upwards from the first vllm_url's, all ended
+    together, one that dies started again; the --vllm_url for the trainer is printed."""
 
 
 @dataclass(frozen=True)

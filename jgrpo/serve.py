@@ -2,9 +2,10 @@
 
     python -m jgrpo.serve --config configs/rank1.py
     python -m jgrpo.serve --config configs/rank1.py -- --gpu-memory-utilization 0.4
+    python -m jgrpo.serve --config configs/rank1.py --devices 0,1,2,3
 
 What follows `--` goes to vLLM as it is, and wins over ours. Host and port are those of the first
-vllm_url; start each further server with `-- --port N`.
+vllm_url; with --devices the further servers have the ports above it.
 """
 
 from jgrpo.errors import stop_at_once
@@ -18,11 +19,13 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from urllib.parse import urlsplit
 
 from jgrpo.cli import Serve, parse
 from jgrpo.config import Config
 from jgrpo.errors import InputError, exit_status
+from jgrpo.rollout.fleet import Member, keep_running
 
 CPU_KVCACHE_GIB = 4
 
@@ -89,7 +92,74 @@ def main(argv: Sequence[str] | None = None) -> None:
             "the key as VLLM_API_KEY in the environment, to the server and to the trainer"
         )
     options = replace(asked.options, rollout="vllm")  # whose values are checked for a server
-    start(options, args[cut + 1 :], show=asked.print)
+    extra = args[cut + 1 :]
+    refuse_data_parallel(extra)
+    if asked.devices:
+        start_fleet(options, devices_of(asked.devices), extra, show=asked.print)
+    else:
+        start(options, extra, show=asked.print)
+
+
+def refuse_data_parallel(extra: Sequence[str]) -> None:
+    """InputError for --data-parallel-size above 1: most replicas would sample from the base."""
+    words = [part for word in extra for part in word.split("=", 1)]
+    for name, value in pairwise(words):
+        if name.replace("_", "-") in ("--data-parallel-size", "-dp") and value != "1":
+            raise InputError(
+                f"{name} {value}: an adapter that is loaded reaches one replica only, and the "
+                "others would sample from the base. Start a server a device: --devices 0,1"
+            )
+
+
+def devices_of(text: str) -> list[str]:
+    """The devices of `--devices`. InputError for an empty name or one that occurs twice."""
+    devices = [name.strip() for name in text.split(",")]
+    if "" in devices or len(set(devices)) < len(devices):
+        raise InputError(f"--devices {text}: names of devices, each once, as in 0,1,2,3")
+    return devices
+
+
+def members(
+    config: Config, devices: Sequence[str], extra: Sequence[str], *, cpu: bool
+) -> list[Member]:
+    """A server a device: at the URLs of the config, or from the port of its first one upwards."""
+    urls = list(config.vllm_urls)
+    if len(urls) not in (1, len(devices)):
+        raise InputError(
+            f"--devices {','.join(devices)}: {len(devices)} devices, and {len(urls)} vllm_urls; "
+            "give one, whose port is the first, or one a device"
+        )
+    if any(word.split("=")[0] in ("--port", "--host") for word in extra):
+        raise InputError("--port, --host: with --devices they are those of --vllm_url")
+    if len(urls) == 1:
+        first = urlsplit(urls[0])
+        port = first.port or (443 if first.scheme == "https" else 80)
+        host = first.netloc.removesuffix(f":{first.port}")
+        urls = [f"{first.scheme}://{host}:{port + i}" for i in range(len(devices))]
+    return [
+        Member(device, url, [*command(replace(config, vllm_url=url), cpu=cpu), *extra])
+        for device, url in zip(devices, urls, strict=True)
+    ]
+
+
+def start_fleet(
+    config: Config, devices: Sequence[str], extra: Sequence[str], *, show: bool = False
+) -> None:
+    """Run a server on each device until Ctrl-C, or print their commands."""
+    cpu = runs_on_cpu()
+    fleet, ours = members(config, devices, extra, cpu=cpu), environment(os.environ, cpu=cpu)
+    for member in fleet:
+        own = {**ours, "CUDA_VISIBLE_DEVICES": member.device}
+        line = shlex.join(["env", *(f"{k}={v}" for k, v in own.items()), *member.command])
+        print(line, file=sys.stdout if show else sys.stderr, flush=True)
+    if show:
+        return
+
+    def ready() -> None:
+        print("all servers are well. The trainer's option:", file=sys.stderr, flush=True)
+        print(f"--vllm_url {','.join(member.url for member in fleet)}", flush=True)
+
+    keep_running(fleet, {**os.environ, **ours}, ready)
 
 
 def start(config: Config, extra: Sequence[str] = (), *, show: bool = False) -> None:

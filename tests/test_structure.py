@@ -51,7 +51,7 @@ FLOOR_OF = {room: i for i, rooms in enumerate(FLOORS, 1) for room in rooms}
 FOLDERS = {file.parent.name for file in FILES} - {"jgrpo"}
 PURE = ("advantages", "losses", "estimators", "answers.latex", "answers.algebra", "answers.equal",
         "answers.box", "answers.units", "answers.interval",
-        "policy.remat", "policy.tape", "policy.lora", "policy.batch",
+        "policy.remat", "policy.rope", "policy.tape", "policy.lora", "policy.batch",
         "rollout.protocol")  # fmt: skip
 LIGHT = ("errors", "config", "cli", "checks", "advantages", "serve", "answers.equal",
          "answers.grader", "rewards.parts", "rollout.protocol", "rollout.server", "rollout.vllm",
@@ -243,3 +243,17 @@ def test_files_are_still_found_under_the_names_they_had_before_the_rooms():
     from jgrpo import weights
 
     assert weights.load_model is importlib.import_module("jgrpo.policy.weights").load_model
+
+
+def test_the_tests_that_the_docs_name_are_there():
+    files = {file.stem: file for file in (ROOT / "tests").rglob("test_*.py")}
+    text = (ROOT / "docs" / "reliability.md").read_text("utf-8")
+    names = set(re.findall(r"\btest_[a-z_]+", text))
+    assert names
+    assert names <= files.keys()
+    paths = set(re.findall(r"tests/[a-z_/]+\.py", text))
+    assert all((ROOT / path).is_file() for path in paths)
+    for name, words in re.findall(r"(test_[a-z_]+) ((?:`[a-z_]+`,? ?)+)", text):
+        source = files[name].read_text("utf-8")
+        for word in re.findall(r"`([a-z_]+)`", words):
+            assert re.search(rf"def test_\w*{word}", source), f"{name}: {word}"

@@ -31,14 +31,14 @@ from tiny_run import (
     write_prm,
     write_problems,
 )
-from vllm_server import vllm_server
+from vllm_server import fleet_server, vllm_server
 
 import jgrpo
 from jgrpo import cli, evaluate
 from jgrpo import train as train_module
 from jgrpo.config import Config
 from jgrpo.errors import RunError
-from jgrpo.rollout.vllm import VllmSampler
+from jgrpo.rollout.server import Server
 from jgrpo.run.checkpoint import Checkpoints
 from jgrpo.run.rundir import read_metrics
 from jgrpo.train import train
@@ -251,23 +251,23 @@ def kill_in_step(step: int, url: str, monkeypatch) -> threading.Event:
     SIGKILL goes to the server's own process; its engine follows it.
     """
     psutil = pytest.importorskip("psutil")
-    real, killed, port = VllmSampler._complete, threading.Event(), urlsplit(url).port
+    real, killed, port = Server.complete, threading.Event(), urlsplit(url).port
     alone = asyncio.Lock()
 
-    async def complete(self, client, url, body, lock):
-        sampled = self._path.endswith(f"step_{step - 1:06d}") and body["temperature"] > 0
-        if sampled and not killed.is_set():
+    async def complete(self, client, body, adapter):
+        sampled = adapter.path.endswith(f"step_{step - 1:06d}") and body["temperature"] > 0
+        if sampled and self.url == url and not killed.is_set():
             async with alone:
                 if not killed.is_set():
-                    completions = await real(self, client, url, body, lock)
+                    completions = await real(self, client, body, adapter)
                     for c in psutil.net_connections("tcp"):
                         if c.laddr.port == port and c.status == psutil.CONN_LISTEN and c.pid:
                             os.kill(c.pid, signal.SIGKILL)
                     killed.set()
                     return completions
-        return await real(self, client, url, body, lock)
+        return await real(self, client, body, adapter)
 
-    monkeypatch.setattr(VllmSampler, "_complete", complete)
+    monkeypatch.setattr(Server, "complete", complete)
     return killed
 
 
@@ -308,6 +308,30 @@ def test_a_killed_server_ends_the_run_with_a_checkpoint_or_is_waited_for(
     told = capsys.readouterr().out
     assert "still trying, for 300 s more" in told
     assert told.count("lost our adapter") == 1
+
+
+@pytest.mark.slow
+def test_a_server_of_two_that_is_killed_in_mid_step_costs_the_run_nothing(
+    config, run, monkeypatch, tmp_path
+):
+    """`serve --devices` starts both, prints the trainer's option, and starts the killed one again;
+    meanwhile the other one takes over."""
+    log = tmp_path / "fleet.log"
+    with fleet_server(config, log) as urls:
+        killed = kill_in_step(2, urls[1], monkeypatch)
+        options = {"vllm_url": ",".join(urls), "vllm_move_s": 5.0, "vllm_timeout_s": 300.0}
+        both = train(dataclasses.replace(config, **options))
+        assert killed.is_set()
+        assert adapters_on(urls[0]) == []
+    check_files(both, STEPS)
+    assert all(row["sampler/logprob_diff_max"] < 1e-3 for row in steps_of(both))
+    for name in (f"step_{step:06d}.jsonl" for step in range(1, STEPS + 1)):
+        rows = [read_lines(folder / "rollouts" / name) for folder in (run, both)]
+        assert [row["prompt"] for row in rows[0]] == [row["prompt"] for row in rows[1]]
+    text = log.read_text(errors="replace")
+    assert "the server on device 1 ended (exit status -9): it is started again" in text
+    assert "[0] " in text
+    assert "stopped: all servers have ended" in text
 
 
 # -- real problems, with the real tokenizer ---------------------------------------------------

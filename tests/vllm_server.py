@@ -58,6 +58,35 @@ def vllm_server(
         _stop(server)
 
 
+@contextlib.contextmanager
+def fleet_server(config: Config, log_file: Path, devices: str = "0,1") -> Iterator[list[str]]:
+    """Yield the URLs that `jgrpo.serve --devices` prints once all servers are well; then end it as
+    Ctrl-C does."""
+    port = next(p for p in range(_free_port(), 65_000) if _is_free(p) and _is_free(p + 1))
+    fields = "model_id", "dtype", "lora_r", "max_tokens", "max_prompt_tokens"
+    flags = [word for f in fields for word in (f"--{f}", str(getattr(config, f)))]
+    small = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    with log_file.open("w") as log:
+        serve = subprocess.Popen(
+            [sys.executable, "-m", "jgrpo.serve", *flags, "--devices", devices,
+             "--vllm_url", f"http://127.0.0.1:{port}"],
+            env={**small, **os.environ}, stdout=subprocess.PIPE, stderr=log, text=True,
+        )  # fmt: skip
+    try:
+        assert serve.stdout
+        said = serve.stdout.readline().split()
+        assert said[:1] == ["--vllm_url"], log_file.read_text()[-3000:]
+        yield said[1].split(",")
+    finally:
+        serve.send_signal(signal.SIGINT)
+        serve.wait(timeout=60)
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as listener:
+        return listener.connect_ex(("127.0.0.1", port)) != 0
+
+
 def _free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))

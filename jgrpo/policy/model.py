@@ -22,9 +22,8 @@ from jgrpo.errors import InputError
 from jgrpo.policy.attention import Attend, full_attention
 from jgrpo.policy.lora import LoRADense, split
 from jgrpo.policy.remat import is_kept, keep
+from jgrpo.policy.rope import ROPE_TYPES, Rope, rotate
 from jgrpo.policy.tape import Tape, taped_scan
-
-ROPE_TYPES = ("default", "llama3", "yarn")
 
 
 @dataclass(frozen=True)
@@ -39,11 +38,7 @@ class ModelConfig:
     head_width: int
     vocab_size: int
     rms_eps: float
-    rope_theta: float
-    rope_llama3: tuple[float, float, float, float] | None
-    """factor, low_freq_factor, high_freq_factor, original_max_position_embeddings"""
-    rope_yarn: tuple[float, float, float, float] | None
-    """factor, the pairs of C from which and up to which it sets in, what cos and sin grow by"""
+    rope: Rope
     qkv_bias: bool
     qk_norm: bool
     tied_head: bool
@@ -78,10 +73,6 @@ class ModelConfig:
         if found := [name for name, present in unsupported.items() if present]:
             raise InputError(f"{hf.model_type} with " + " and ".join(found) + " is not supported")
         head_width = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
-        llama3 = None
-        if rope["rope_type"] == "llama3":
-            length = rope["original_max_position_embeddings"]
-            llama3 = (rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"], length)
         return cls(
             n_layers=hf.num_hidden_layers,
             width=hf.hidden_size,
@@ -91,9 +82,7 @@ class ModelConfig:
             head_width=head_width,
             vocab_size=hf.vocab_size,
             rms_eps=hf.rms_norm_eps,
-            rope_theta=float(rope["rope_theta"]),
-            rope_llama3=llama3,
-            rope_yarn=_yarn(rope, head_width) if rope["rope_type"] == "yarn" else None,
+            rope=Rope.from_hf(rope, head_width),
             qkv_bias=qkv_bias,
             qk_norm=qk_norm,
             tied_head=hf.tie_word_embeddings,
@@ -104,59 +93,6 @@ class ModelConfig:
         """Parameters of the base (norms and biases included, adapter not)."""
         state = nnx.state(nnx.eval_shape(lambda: Decoder(self, rngs=nnx.Rngs(0))), nnx.Param)
         return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state))
-
-
-# -- rotary embedding -------------------------------------------------------------------------
-
-
-def rotary_angles(config: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """positions [N, T] -> cos and sin, float32 [N, T, 1, C/2] (Su et al. 2021, RoFormer)."""
-    half = jnp.arange(0, config.head_width, 2, dtype=jnp.float32) / config.head_width
-    frequency = config.rope_theta**-half
-    if config.rope_llama3 is not None:
-        factor, low, high, length = config.rope_llama3
-        turns = length * frequency / (2 * math.pi)
-        smooth = jnp.clip((turns - low) / (high - low), 0, 1)  # 0: slow, stretched; 1: kept
-        frequency = frequency * (smooth + (1 - smooth) / factor)
-    grown = 1.0
-    if config.rope_yarn is not None:
-        factor, first, last, grown = config.rope_yarn
-        stretched = jnp.clip((jnp.arange(len(half)) - first) / (last - first), 0, 1)
-        frequency = frequency * (1 - stretched + stretched / factor)
-    angles = positions[..., None, None] * frequency
-    return jnp.cos(angles) * grown, jnp.sin(angles) * grown
-
-
-def _yarn(rope: dict[str, Any], head_width: int) -> tuple[float, float, float, float]:
-    """What config.json says of YaRN (Peng et al. 2023, sections 3.2 and 3.4) as `rope_yarn`."""
-    names = ("factor", "original_max_position_embeddings")
-    if missing := [name for name in names if not rope.get(name)]:
-        raise InputError(f"rope_type='yarn' without {' and '.join(missing)}")
-    factor, length = (rope[name] for name in names)
-    fast, slow = rope.get("beta_fast") or 32, rope.get("beta_slow") or 1
-
-    def pair(turns: float) -> float:
-        """The pair of C that turns so often over the original length."""
-        return head_width * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta))
-
-    theta = rope["rope_theta"]
-    first, last = pair(fast), pair(slow)
-    if rope.get("truncate", True):
-        first, last = math.floor(first), math.ceil(last)
-    first, last = max(first, 0), min(last, head_width - 1)
-    last += 0.001 * (first == last)
-    grown = rope.get("attention_factor")
-    if grown is None:
-        scales = rope.get("mscale"), rope.get("mscale_all_dim")
-        growth = lambda m: 0.1 * m * math.log(factor) + 1 if factor > 1 else 1.0  # noqa: E731
-        grown = growth(scales[0]) / growth(scales[1]) if all(scales) else growth(1)
-    return factor, first, last, grown
-
-
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotate the pairs (c, c + C/2) of x [N, T, H, C], in float32."""
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
 # -- layers -----------------------------------------------------------------------------------
@@ -292,7 +228,7 @@ class Body(nnx.Module):
         A layer keeps what is marked for its backward pass, with `checkpoint` its input alone. With
         a `tape` (`taped_scan`) it does so there, `attend` keeps nothing, and the tape is returned.
         """
-        shared = rotary_angles(self.config, positions), attend
+        shared = self.config.rope.angles(positions), attend
         graph, adapter, base = split(self.layers)
 
         layer = _layer(graph, checkpoint)

@@ -231,10 +231,10 @@ def test_rope_theta_is_read_from_either_place(tmp_path):
     file = tmp_path / "config.json"
     config = json.loads(file.read_text())
     file.write_text(json.dumps(config | {"rope_parameters": ROPE_3}))
-    assert model_config(tmp_path).rope_theta == 3e6
+    assert model_config(tmp_path).rope.theta == 3e6
     del config["rope_parameters"]
     file.write_text(json.dumps(config | {"rope_theta": 5e6}))
-    assert model_config(tmp_path).rope_theta == 5e6
+    assert model_config(tmp_path).rope.theta == 5e6
 
 
 ROPE_3 = {"rope_type": "default", "rope_theta": 3e6}

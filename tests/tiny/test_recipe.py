@@ -11,6 +11,7 @@ import pytest
 import jgrpo
 from jgrpo.answers.equal import is_correct
 from jgrpo.policy.model import ModelConfig
+from jgrpo.policy.rope import Rope
 from jgrpo.tiny import recipe as tiny
 
 BASE = Path(jgrpo.__file__).with_name("tiny") / "base"
@@ -74,9 +75,8 @@ def test_text_comes_back_from_the_tokenizer_exactly():
 
 def test_pretraining_learns(capsys):
     tokenizer = tiny.make_tokenizer()
-    shape = ModelConfig(
-        1, 32, 64, 2, 1, 32, len(tokenizer), 1e-6, 1e4, None, None, False, True, True
-    )
+    rope = Rope(32, 1e4)
+    shape = ModelConfig(1, 32, 64, 2, 1, 32, len(tokenizer), 1e-6, rope, False, True, True)
     args = tiny.Args(folder=Path(), steps=40, batch_size=4)
     tiny.pretrain(shape, tiny.corpus(tokenizer, {}, random.Random(0)), args)
     last = float(capsys.readouterr().out.split("loss")[-1].split()[0])
