@@ -9,6 +9,7 @@ from jgrpo.errors import exit_status, stop_at_once
 COMMANDS = {
     "train": "train a LoRA adapter by GRPO, or go on with a run (--resume)",
     "evaluate": "accuracy of the base model, an adapter, or a run",
+    "filter": "pass rates of the training problems, for train --pass_rate",
     "serve": "start vLLM with exactly the options that a config needs",
     "runs": "a table of runs: how far, how good, what differs",
     "plot": "learning curves of runs as a picture",

@@ -83,6 +83,7 @@ READ_WHERE: dict[str, Condition] = {
         lambda c: c.rollout == "vllm" and len(c.vllm_urls) > 1,
         "with several servers in --vllm_url",
     ),
+    "pass_rate_file": (lambda c: bool(c.pass_rate), "with --pass_rate, and by jgrpo.filter"),
     "project": (
         lambda c: bool({"wandb", "trackio"} & {*c.report_to}),
         "with --report_to wandb or trackio",
@@ -133,7 +134,7 @@ def _wrong_values(c: Any) -> Iterator[str]:
         if isinstance(value := getattr(c, field.name), str) and "\0" in value:
             yield f"{field.name}={value!r}: must not hold a NUL"
     for name in ("model_id", "prm_model_id", "dataset_path", "prompt_template", "base_dir",
-                 "project"):  # fmt: skip
+                 "project", "pass_rate_file"):  # fmt: skip
         if not getattr(c, name).strip():
             yield f"{name}={getattr(c, name)!r}: must not be empty (default: {_default(c, name)})"
     if not 0 <= c.eval_temperature < float("inf"):
@@ -185,6 +186,8 @@ def _wrong_values(c: Any) -> Iterator[str]:
             f"overlong_cache={c.overlong_cache}: must not exceed "
             f"expected_maximum_length={c.expected_maximum_length}"
         )
+    if c.pass_rate and not (len(c.pass_rate) == 2 and 0 <= c.pass_rate[0] <= c.pass_rate[1] <= 1):
+        yield f"pass_rate={c.pass_rate!r}: must be two numbers between 0 and 1, the lower one first"
     if {*c.report_to} - {*TRACKERS} or len({*c.report_to}) < len(c.report_to):
         yield f"report_to={c.report_to!r}: name each of {', '.join(TRACKERS)} at most once, or none"
     unknown = [m for m in c.lora_target_modules if m not in PROJECTIONS]

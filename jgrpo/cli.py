@@ -84,6 +84,16 @@ class Evaluate(Command):
 
 
 @dataclass(frozen=True)
+class Filter(Command):
+    """Pass rates of the training problems: --k completions of each by the base (or by --adapter),
+    sampled as rollouts are, counted into --pass_rate_file, of which `train --pass_rate` takes a
+    part."""
+
+    k: int = 8
+    """Completions of each training problem."""
+
+
+@dataclass(frozen=True)
 class Serve(Command):
     """Start vLLM with exactly the options that a config needs; what follows `--` goes to vLLM."""
 

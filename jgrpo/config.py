@@ -18,7 +18,7 @@ from jgrpo.checks import PROJECTIONS, VLLM_LORA_RANKS, problems_of
 from jgrpo.errors import InputError
 
 PATHS = ("model_id", "adapter", "prm_model_id", "dataset_path", "eval_dataset_path",
-         "prompt_template", "base_dir", "run_dir")  # fmt: skip
+         "prompt_template", "pass_rate_file", "base_dir", "run_dir")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,6 +179,11 @@ class Config:
     eval_split: str = ""
     """Evaluation rows. Empty: a test split if there is one, else the last fifth of the rows (for
     competition_math the study's split: train[:7500] and train[-5000:])."""
+    pass_rate: tuple[float, ...] = ()
+    """Train on the problems that the base solves with a rate from the first to the second number,
+    as 0.2 0.8; the rates are in pass_rate_file. None: on all."""
+    pass_rate_file: str = "pass_rates.jsonl"
+    """Pass rates of the training problems, written by jgrpo.filter."""
     prompt_template: str = "boxed.prompt"
     """File with {problem} in it; rows that are conversations are read without it."""
     system_prompt: str = ""
@@ -252,7 +257,7 @@ class Config:
             object.__setattr__(self, "report_to", ())
         if isinstance(self.report_to, str):
             object.__setattr__(self, "report_to", (self.report_to,))
-        for name in ("reward_function", "reward_weights", "report_to"):
+        for name in ("reward_function", "reward_weights", "report_to", "pass_rate"):
             if isinstance(value := getattr(self, name), list):
                 object.__setattr__(self, name, tuple(value))
         if problems := problems_of(self):

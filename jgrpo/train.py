@@ -31,6 +31,7 @@ from jgrpo.rewards import load_functions
 from jgrpo.rollout import Sampler
 from jgrpo.run import memory
 from jgrpo.run.collect import Collector
+from jgrpo.run.difficulty import of_this_difficulty
 from jgrpo.run.evaluation import evaluate
 from jgrpo.run.probe import check_sampler, gap_problem
 from jgrpo.run.record import Record, skipped_at_the_end
@@ -215,7 +216,7 @@ def dry_run(config: Config) -> None:
     """Read all input but the weights, and print what training will take of the memory."""
     configure_jax()
     config = begun(config)
-    problems = open_problems(config)
+    problems = of_this_difficulty(config, open_problems(config))
     load_functions(config.reward_function, columns_of(problems.train))
     policy = open_policy(config, abstract=True)
     lengths = [len(problem.prompt_ids) for problem in problems.train]

@@ -84,6 +84,8 @@ def another(field: dataclasses.Field) -> tuple[list[str], object]:
         return ["--reward_function", "a.py:f", "b.py:g"], ("a.py:f", "b.py:g")
     if name == "reward_weights":
         return ["--reward_weights", "1", "0.5"], (1.0, 0.5)
+    if name == "pass_rate":
+        return ["--pass_rate", "0.2", "0.8"], (0.2, 0.8)
     if name == "report_to":
         return ["--report_to", "wandb", "tensorboard"], ("wandb", "tensorboard")
     if isinstance(default, tuple):

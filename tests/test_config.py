@@ -330,6 +330,7 @@ def test_every_option_that_may_be_idle_is_named_exactly_while_nothing_reads_it()
         "vllm_move_s": {"rollout": "vllm", "vllm_url": "http://x:1,http://x:2"},
         "base_dir": {"run_dir": ""},
         "project": {"report_to": ("wandb",)},
+        "pass_rate_file": {"pass_rate": (0.2, 0.8)},
         "use_token_level_loss": {"loss_type": "grpo"},
     }
     off = {"vllm_url": {"rollout": "jax"}, "vllm_timeout_s": {"rollout": "jax"},
@@ -339,7 +340,7 @@ def test_every_option_that_may_be_idle_is_named_exactly_while_nothing_reads_it()
     other = {"kl_to": "base", "kl_estimator": "k2", "clip_eps_high": 0.5, "clip_delta": 3.0,
              "importance_weight_mode": "token_mask", "reward_weights": (0.5,),
              "vllm_url": "http://x:1", "prm_model_id": "x", "base_dir": "y",
-             "project": "p"}  # fmt: skip
+             "project": "p", "pass_rate_file": "f"}  # fmt: skip
     assert asked.keys() == READ_WHERE.keys()
     assert READ_WHERE.keys() <= {f.name for f in dataclasses.fields(Config)}
     assert unread(Config()) == []

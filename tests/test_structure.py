@@ -42,6 +42,7 @@ FLOORS = [
         "view",
         "show",
         "export",
+        "filter",
         "__init__",
         "__main__",
     },

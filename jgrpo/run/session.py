@@ -40,6 +40,7 @@ from jgrpo.prompts.tokenizer import (
 from jgrpo.rollout.embedded import JaxSampler
 from jgrpo.rollout.protocol import Completion, Sampler
 from jgrpo.rollout.vllm import VllmSampler
+from jgrpo.run.difficulty import of_this_difficulty
 from jgrpo.run.rundir import last_adapter, run_of_adapter
 from jgrpo.run.scoring import Scorers, open_scorers
 from jgrpo.run.trackers import check_installed
@@ -107,7 +108,7 @@ class Session:
 def open_session(config: Config, stack: ExitStack) -> Session:
     """Everything but the sampler; what is cheap to find wrong first. InputError says what is."""
     check_installed(config.report_to)
-    problems = open_problems(config)
+    problems = of_this_difficulty(config, open_problems(config))
     grader = open_grader(config, stack)
     scorers = open_scorers(config, columns_of(problems.train))
     return Session(config, problems, open_policy(config), grader, scorers)
