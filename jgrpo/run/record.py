@@ -125,7 +125,17 @@ class Record:
         draw({self.run_dir.name: read_metrics(self.run_dir)}).savefig(unfinished, format="png")
         unfinished.replace(picture)
         last = sorted((self.run_dir / "adapters").iterdir())[-1]
-        log.info(f"{log.summary()}\nlearning curve: {short(picture)}\nadapter: {short(last)}")
+        log.info(f"{log.summary()}\n{where_it_went(log.shares(), self.config)}")
+        log.info(f"learning curve: {short(picture)}\nadapter: {short(last)}")
+
+
+def where_it_went(shares: dict[str, float], config: Config) -> str:
+    """The largest phases in a line, and what would help most where one thing would."""
+    parts = [f"{share:.0%} {name}" for name, share in shares.items() if share >= 0.01]
+    line = "where it went: " + ", ".join(parts)
+    if config.rollout == "vllm" and shares.get("generation", 0.0) > 0.5:
+        line += "; the trainer mostly waited for completions: another server would help most"
+    return line
 
 
 def _new_run_dir(config: Config) -> Path:

@@ -70,6 +70,7 @@ class RunLog:
     ) -> None:
         self.console = console or _Console(highlight=False)
         self.seconds: dict[str, float] = {}
+        self._taken: dict[str, float] = {}
         self._run_dir = run_dir
         self._n_steps = n_steps
         self._start_s = time.perf_counter()
@@ -148,6 +149,12 @@ class RunLog:
             f"{clock(self._compiling.seconds)} of it compiling"
         )
 
+    def shares(self) -> dict[str, float]:
+        """Share of this run's time, so far, that each phase took, the largest first."""
+        total_s = time.perf_counter() - self._start_s
+        spent = {name: s / total_s for name, s in self._taken.items() if name != "compile"}
+        return dict(sorted(spent.items(), key=lambda pair: -pair[1]))
+
     def take_seconds(self) -> dict[str, float]:
         """The seconds of each phase since the last call, as `time/<phase>`."""
         taken = {f"time/{name}": seconds for name, seconds in self.seconds.items()}
@@ -180,6 +187,7 @@ class RunLog:
 
     def _add_seconds(self, name: str, seconds: float) -> None:
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+        self._taken[name] = self._taken.get(name, 0.0) + seconds
 
     def _write(self, step: int, metrics: Mapping[str, Any]) -> None:
         line = json_line({"step": step, **metrics}).encode()
