@@ -1,6 +1,7 @@
 """The grader's verdicts beside math-verify's own, on real answers; and what grading takes.
 
     python benchmarks/grader.py agreement     # every disagreement, from ../shared/data
+    python benchmarks/grader.py spellings     # what people write, by kind: which says what
     python benchmarks/grader.py speed         # 256 completions, 70 % of which need algebra
 
 Pairs: each answer with its rewrites (tests/answer_cases.py), and every two different answers. Of
@@ -24,6 +25,7 @@ import sympy
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from answer_cases import rewrites
+from answer_spellings import KINDS
 from fuzz_answers import real_golds
 
 from jgrpo.answers.equal import last_boxed, quick_verdict
@@ -80,6 +82,27 @@ def agreement() -> None:
                 print(f"  ours {ours}, math-verify {theirs}: {n}", flush=True)
 
 
+def spellings() -> None:
+    """tests/answer_spellings.py, whose verdicts were decided by hand: how many each side has right,
+    and every spelling that math-verify takes and ours does not."""
+    counts: Counter[str] = Counter()
+    with Grader(max_workers=2, timeout_s=10) as grader:
+        for kind, rows in KINDS.items():
+            for gold, right, wrong in rows:
+                for answer, same in [(a, True) for a in right] + [(a, False) for a in wrong]:
+                    pair = Pair(last_boxed(rf"\boxed{{{answer}}}") or "", gold)
+                    ours = grader._outcomes([pair])[pair] == "right"
+                    theirs = math_verify.verify(read(gold), read(answer))
+                    said = "right" if same else "wrong"
+                    counts[said] += 1
+                    counts[f"{said}, ours agrees"] += ours == same
+                    counts[f"{said}, math-verify agrees"] += theirs == same
+                    if theirs and not ours and same:
+                        print(f"  {kind}: math-verify alone takes {answer!r} for {gold!r}")
+    for what, n in sorted(counts.items()):
+        print(f"{what}: {n}")
+
+
 def speed(n_runs: int = 7) -> None:
     """Seconds for 32 x 8 completions, 22 of 32 of which need algebra, no two runs of the same."""
     r = random.Random(0)
@@ -105,6 +128,7 @@ def speed(n_runs: int = 7) -> None:
 
 if __name__ == "__main__":
     logging.disable(logging.WARNING)
-    if sys.argv[1:] not in (["agreement"], ["speed"]):
+    modes = {"agreement": agreement, "spellings": spellings, "speed": speed}
+    if len(sys.argv) != 2 or sys.argv[1] not in modes:
         sys.exit(__doc__)
-    {"agreement": agreement, "speed": speed}[sys.argv[1]]()
+    modes[sys.argv[1]]()

@@ -111,9 +111,9 @@ class Config:
     """SAPO's temperature where the advantage is positive."""
     sapo_tau_negative: float = 1.05
     """SAPO's temperature where it is not: higher fades sooner (1.0 and 1.05: Gao et al. 2025)."""
-    dppo_max_difference: float = 0.2
+    dppo_max_difference: float = 0.15
     """How far a token's probability may move, the way that its advantage pushes, before DPPO trains
-    it no more."""
+    it no more (0.15: Qi et al. 2026)."""
     use_token_level_loss: bool = False
     """Average over all tokens of the update (DAPO) instead of over completions."""
     use_importance_weights: bool = False

@@ -261,9 +261,9 @@ def sapo(
     logprobs, old_logprobs, advantages, mask, *,
     tau_positive=1.0, tau_negative=1.05, token_level=False, **extras,
 ) -> Terms:  # fmt: skip
-    """SAPO (Gao et al. 2025, "Soft Adaptive Policy Optimization"): in place of a clip a soft gate,
-    -(4 / tau) sigmoid(tau (ratio - 1)) A, tau by the advantage's sign; its gradient fades as the
-    ratio leaves 1, where it is GRPO's. Averages as GRPO."""
+    """SAPO (Gao et al. 2025, "Soft Adaptive Policy Optimization", arXiv:2511.20347): in place of a
+    clip a soft gate, -(4 / tau) sigmoid(tau (ratio - 1)) A, tau by the advantage's sign; its
+    gradient fades as the ratio leaves 1, where it is GRPO's. Averages as GRPO."""
     a = advantages[:, None]
     tau = jnp.where(a > 0, tau_positive, tau_negative)
     ratio = bounded_exp(log_ratios(logprobs, old_logprobs, mask), 1 + 100 / tau)  # the gate is shut
@@ -275,12 +275,13 @@ def sapo(
 
 
 def dppo(
-    logprobs, old_logprobs, advantages, mask, *, max_difference=0.2, token_level=False, **extras
+    logprobs, old_logprobs, advantages, mask, *, max_difference=0.15, token_level=False, **extras
 ) -> Terms:
     """DPPO, its binary total variation (Qi et al. 2026, "Rethinking the Trust Region in LLM
-    Reinforcement Learning"): -ratio A, but no gradient for a token whose probability has moved by
-    more than `max_difference` the way that A pushes it. A rare token's ratio may be large, and a
-    frequent one's must stay near 1. Averages as GRPO."""
+    Reinforcement Learning", arXiv:2602.04879, eq. 11 to 13; TV of 0.15): -ratio A, but no gradient
+    for a token whose probability has moved by more than `max_difference` the way that A pushes it.
+    The paper measures from the sampler's probability, here it is the old policy's (their gap is for
+    importance weights). Averages as GRPO."""
     a, log_ratio = advantages[:, None], log_ratios(logprobs, old_logprobs, mask)
     p, p_old = (jnp.exp(jnp.where(mask > 0, x, 0.0)) for x in (logprobs, old_logprobs))
     far = jnp.abs(p - p_old) > max_difference

@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
 
-from jgrpo.answers.latex import GROUP, depths
+from jgrpo.answers.latex import GROUP
+from jgrpo.answers.shape import depths
 
 _UNSAFE = re.compile(  # long integers, factorials, 9^9^9, high roots, bases, binomials
     r"[0-9]{40}|[0-9]{3}!|[^0-9]!|!!|\^[^{]\^|\\sqrt\[[0-9]{3}|(?<!\\log)_"

@@ -16,8 +16,12 @@ from fractions import Fraction
 
 from jgrpo.answers.algebra import OutOfTime, deadline, is_safe, same_by_algebra, variables
 from jgrpo.answers.box import last_boxed
-from jgrpo.answers.interval import as_interval
-from jgrpo.answers.latex import MAX_CHARS, depths, named, normalize, parts, split
+from jgrpo.answers.choice import choice
+from jgrpo.answers.interval import as_interval, relation
+from jgrpo.answers.latex import MAX_CHARS, normalize
+from jgrpo.answers.names import named, same_name, values_in_order
+from jgrpo.answers.scalar import is_words, number, product
+from jgrpo.answers.shape import depths, parts, split
 from jgrpo.answers.units import scale, unit
 
 IN_PROCESS_LIMIT_S = 5.0
@@ -26,20 +30,13 @@ IN_PROCESS_LIMIT_S = 5.0
 MAX_DEPTH = 40
 """Answers with brackets nested deeper are compared as text alone."""
 
-_DECIMAL = r"[0-9]+(?:\.[0-9]*)?"
-_NUMBER = re.compile(
-    rf"(?P<sign>[-+]?)(?:(?P<whole>[0-9]*)\\frac\{{(?P<a>-?{_DECIMAL})\}}\{{(?P<b>-?{_DECIMAL})\}}"
-    rf"|(?P<c>{_DECIMAL})(?:/(?P<d>{_DECIMAL})|(?:[eE]\+?|\\cdot10\^)\{{?(?P<e>-?[0-9]{{1,3}})\}}?"
-    r"|\\(?:overline|bar)\{?(?P<period>[0-9]+)\}?)?)"
-)
 _THOUSANDS = re.compile(r"[^0-9,()\[\]{}]*[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?(?![0-9])[^0-9,]*")
-_CHOICE = re.compile(
-    r"\s*(?P<font>\\(?:text|math|bold)[a-z]*\s*\{\s*)?(?:\((?P<a>[A-Z])\)|(?P<b>[A-Z])(?P<mark>[.):]))"
-    r"(?P<gap>\s*\}?(?:\\[ ,;:!]|\\q?quad(?![A-Za-z])|~|[\s:.-])*)(?P<value>\S.*)",
-    re.DOTALL,
+_ABOUT = re.compile(r" ?\\approx(?![A-Za-z]) ?")
+_POINT = re.compile(
+    r"(?<![0-9.])[0-9]{1,3}(?:\.[0-9]{3})+,[0-9]+|[0-9]+,[0-9]+"
+    r"|(?<![0-9.])[1-9][0-9]{0,2}(?:\.[0-9]{3}){2,}(?![0-9])"
 )
-_ABOUT = re.compile(r" ?\\(?:thick)?approx(?![A-Za-z]) ?| ?\\(?:simeq|doteq)(?![A-Za-z]) ?")
-_DECIMAL_COMMA = re.compile(r"[-+]?(?!(?:[1-9][0-9]{0,2}),[0-9]{3}(?![0-9]))[0-9]+,[0-9]+[^0-9,]*")
+_THREE = re.compile(r"[1-9][0-9]{0,2},[0-9]{3}(?![0-9])")
 
 
 def same_text(answer: str, gold: str) -> bool:
@@ -104,7 +101,7 @@ _Leaf = Callable[[str, str], bool | None]
 def _compared(answer: str, gold: str, leaf: _Leaf) -> bool | None:
     """Compare two answers as they were written. Of a choice with its value (`(C) 12`) either is
     right, unless the other one is wrong."""
-    (letter, value), (gold_letter, gold_value) = _choice(answer), _choice(gold)
+    (letter, value), (gold_letter, gold_value) = choice(answer), choice(gold)
     if letter and gold_letter:
         same_value = _same(normalize(value), normalize(gold_value), leaf)
         return same_value if letter == gold_letter else False
@@ -114,20 +111,22 @@ def _compared(answer: str, gold: str, leaf: _Leaf) -> bool | None:
         return _any(_compared(answer, part, leaf) for part in (gold_letter, gold_value))
     a, b = normalize(answer), normalize(gold)
     verdict = _same(a, b, leaf)
-    if not verdict and "," not in b and ", " not in answer and _DECIMAL_COMMA.fullmatch(a):
-        return _any([verdict, _same(a.replace(",", "."), b, leaf)])
+    if not verdict and "," not in b and ", " not in answer and (point := _with_point(a)):
+        return _any([verdict, _same(point, b, leaf)])
+    if verdict is False and r"\cup" in b and re.search(r"(?<![A-Za-z])or(?![A-Za-z])", answer):
+        return _same(a.replace(",~", r"\cup "), b, leaf)
     return verdict
 
 
-def _choice(s: str) -> tuple[str, str]:
-    r"""`\textbf{(C)}\ 12` -> ("C", "12"); ("", s) if it is not a letter and what it stands for."""
-    match = _CHOICE.fullmatch(s.strip().strip("$")) if len(s) <= MAX_CHARS else None
-    if not match or not (match["font"] or match["gap"]):
-        return "", s
-    value = match["value"]
-    if match["font"] and "}" not in match["gap"]:  # \textbf{(C) 12}
-        value = value.removesuffix("}") if depths(value)[0] < 0 else value
-    return (match["a"] or match["b"], value) if value.strip(" }") else ("", s)
+def _with_point(s: str) -> str:
+    """`3,5` -> `3.5`, `1.234,5` -> `1234.5`, `1.000.000` -> `1000000`; nothing where a comma may be
+    another one."""
+    found = _POINT.findall(s) if len(s) <= MAX_CHARS else []
+    if len(found) != 1 or s.count(",") > 1 or _THREE.search(s):
+        return ""
+    if "," in found[0] and len(split(s, ",")) != 2:
+        return ""  # within brackets
+    return s.replace(found[0], found[0].replace(".", "").replace(",", "."))
 
 
 def _same(a: str, b: str, leaf: _Leaf) -> bool | None:
@@ -148,25 +147,45 @@ def _same(a: str, b: str, leaf: _Leaf) -> bool | None:
             return True
     elements_a, elements_b = split(a, ","), split(b, ",")
     if len(elements_a) == len(elements_b) == 1:
-        (name_a, value_a), (name_b, value_b) = named(elements_a[0]), named(elements_b[0])
-        of_letters = re.search(r"\([a-z]", name_a + name_b)  # f(x) may be called y
-        if name_a and name_b and name_a != name_b and not of_letters:
+        return _same_single(elements_a[0], elements_b[0], a, b, leaf)
+    if 1 in (len(elements_a), len(elements_b)):  # x\in\{1,2\}
+        value_a, value_b = (
+            named(s)[1] if len(es) == 1 else s for s, es in ((a, elements_a), (b, elements_b))
+        )
+        if value_a.startswith("\\{") or value_b.startswith("\\{"):
+            return _same_parts(value_a, value_b, leaf)
+    if len(elements_a) == len(elements_b) and not _same_names(elements_a, elements_b):
+        return False
+    if point := _same_point(elements_a, elements_b):
+        return _all(_same(x, y, leaf) for x, y in point)
+    names = [{named(e)[0] for e in es} - {""} for es in (elements_a, elements_b)]
+    if names[0] and names[1] and names[0] != names[1]:
+        if len(elements_a) != len(elements_b):
             return False
-        rests_equal_sided = ("=" in value_a) == ("=" in value_b)
-        if (name_a or name_b) and rests_equal_sided:
-            return _same(value_a, value_b, leaf)
-        kind_a, parts_a = parts(elements_a[0])
-        kind_b, parts_b = parts(elements_b[0])
-    else:
-        names_a, names_b = ({named(e)[0] for e in es} - {""} for es in (elements_a, elements_b))
-        if names_a != names_b:  # x_1 and x_2 are two values of x
-            names_a, names_b = (
-                {re.sub(r"_\{?\d+\}?$", "", n) for n in ns} for ns in (names_a, names_b)
-            )
-        if len(names_a | names_b) > 1 and names_a != names_b:
+        a, b = (",".join(named(e)[1] for e in es) for es in (elements_a, elements_b))
+    return _same_parts(a, b, leaf)
+
+
+def _same_single(a: str, b: str, whole_a: str, whole_b: str, leaf: _Leaf) -> bool | None:
+    """Compare two answers that are no lists, without the names of their values."""
+    (name_a, value_a), (name_b, value_b) = named(a), named(b)
+    if name_a and name_b and not same_name(name_a, name_b):
+        return False
+    if (name_a or name_b) and ("=" in value_a) == ("=" in value_b):
+        return _same(value_a, value_b, leaf)
+    (signs_a, sides_a), (signs_b, sides_b) = relation(a), relation(b)
+    if signs_a and signs_b:
+        if signs_a != signs_b or len(sides_a) != len(sides_b):
             return False
-        kind_a, parts_a = parts(a)
-        kind_b, parts_b = parts(b)
+        ways = [sides_a, sides_a[::-1]] if signs_a == [r"\ne"] else [sides_a]
+        return _any(
+            _all(_same(x, y, leaf) for x, y in zip(way, sides_b, strict=True)) for way in ways
+        )
+    return _same_parts(whole_a, whole_b, leaf)
+
+
+def _same_parts(a: str, b: str, leaf: _Leaf) -> bool | None:
+    (kind_a, parts_a), (kind_b, parts_b) = parts(a), parts(b)
     if kind_a == kind_b == "":
         return leaf(parts_a[0], parts_b[0])
     if kind_a != kind_b:
@@ -177,6 +196,30 @@ def _same(a: str, b: str, leaf: _Leaf) -> bool | None:
     if kind_a in ("set", "union"):
         return _same_unordered(parts_a, parts_b, leaf)
     return _all(_same(x, y, leaf) for x, y in zip(parts_a, parts_b, strict=True))
+
+
+def _same_names(a: Sequence[str], b: Sequence[str]) -> bool:
+    """Whether two lists may name the same values; x_1 and x_2 are two values of x."""
+    names_a, names_b = ({named(e)[0] for e in es} - {""} for es in (a, b))
+    if names_a != names_b:
+        names_a, names_b = (
+            {re.sub(r"_(?:\{[^{}]*\}|.)$", "", n) for n in ns} for ns in (names_a, names_b)
+        )
+    return len(names_a | names_b) < 2 or names_a == names_b
+
+
+def _same_point(a: Sequence[str], b: Sequence[str]) -> list[tuple[str, str]]:
+    """`x=1,y=2` beside `(1,2)`: what to compare with what; nothing if they are not these."""
+    for these, those in ((a, b), (b, a)):
+        values = values_in_order([named(e) for e in these])
+        name, value = named(those[0])
+        kind, coordinates = parts(value) if len(those) == 1 else ("", [])
+        if name and re.sub("[(),]", "", name) != "".join(named(e)[0] for e in these):
+            continue
+        if values and kind == "()" and len(coordinates) == len(values):
+            pairs = list(zip(values, coordinates, strict=True))
+            return pairs if these is a else [(y, x) for x, y in pairs]
+    return []
 
 
 def _exact(s: str) -> str:
@@ -235,7 +278,7 @@ def _same_scalar(a: str, b: str) -> bool | None:
     may_be_left_out = not (scale_a and scale_b)
     if _plain(value_a) == _plain(value_b) != "" and (may_be_left_out or scale_a == scale_b):
         return True
-    number_a, number_b = _number(value_a), _number(value_b)
+    number_a, number_b = number(value_a), number(value_b)
     if number_a is not None and number_b is not None:
         # The MATH benchmark drops percent signs; 0.5 and 50% are equal all the same.
         factor_a = scale_a or (Fraction(1, 100) if value_a.endswith("%") else 1)
@@ -243,12 +286,12 @@ def _same_scalar(a: str, b: str) -> bool | None:
         if may_be_left_out and number_a == number_b:
             return True
         return number_a * factor_a == number_b * factor_b
-    product_a, product_b = _product(value_a), _product(value_b)
-    if product_a and product_a == product_b:
+    if _same_product(value_a, value_b):
         return True
-    if _is_words(value_a) or _is_words(value_b):
+    if is_words(value_a) or is_words(value_b):
         words_a, words_b = (re.sub(r'[".()\s]', "", s) for s in (value_a, value_b))
-        if len(words_a) > 1 or '"' in value_a + value_b:  # but x is not X
+        letters = len(words_a) < 3 and words_a.casefold() not in ("no", "am", "pm")
+        if not letters or '"' in value_a + value_b:  # but x is not X
             words_a, words_b = words_a.casefold(), words_b.casefold()
         return words_a == words_b != ""
     if variables(value_a) != variables(value_b) or not (is_safe(value_a) and is_safe(value_b)):
@@ -256,44 +299,10 @@ def _same_scalar(a: str, b: str) -> bool | None:
     return None
 
 
-def _number(s: str) -> Fraction | None:
-    """Return the exact value of a plain number (also a/b, mixed, a.10^b, percent, with a period),
-    else None."""
-    match = _NUMBER.fullmatch(s.removesuffix("%")) if len(s) <= MAX_CHARS else None
-    if not match or (match["period"] and "." not in match["c"]):
-        return None
-    try:
-        if match["c"]:
-            value = Fraction(match["c"].rstrip(".")) / Fraction((match["d"] or "1").rstrip("."))
-            value *= Fraction(10) ** int(match["e"] or 0)
-            if match["period"]:
-                n_places = len(match["c"].partition(".")[2])
-                nines = 10 ** len(match["period"]) - 1
-                value += Fraction(int(match["period"]), nines * 10**n_places)
-        else:
-            value = Fraction(match["a"].rstrip(".")) / Fraction(match["b"].rstrip("."))
-            value += int(match["whole"] or 0)
-    except ZeroDivisionError:
-        return None
-    return -value if match["sign"] == "-" else value
-
-
-def _product(s: str) -> list[str]:
-    r"""The factors of a product of letters, sorted: `r\pi` and `\pi r` have the same."""
-    if _is_words(s) or not re.fullmatch(r"(?:[a-z]|\\[a-z]+ ?)+", s):
-        return []
-    return sorted(f for f in re.findall(r"\\[a-z]+|[a-z]", s) if f != r"\cdot")
-
-
-def _is_words(s: str) -> bool:
-    """Text rather than a product of variables, in which `seat` would be `east`. Three small letters
-    are a product if there is no vowel among them, or they follow each other in the alphabet."""
-    if '"' in s or s in ("on", "no"):
-        return True
-    for run in re.findall(r"[A-Za-z]{2,}", re.sub(r"\\[A-Za-z]+", "-", s)):
-        in_a_row = "".join(sorted(run)) in "abcdefghijklmnopqrstuvwxyz"
-        if len(run) > 3 or re.search("[A-Z]{2}", run):
-            return True
-        if len(run) == 3 and not in_a_row and set("aeiouAEIOU") & set(run):
-            return True
-    return False
+def _same_product(a: str, b: str) -> bool:
+    r"""`a\cdot b` says of the other one that its letters are a product, too, and no word."""
+    if r"\cdot" in a + b and re.fullmatch(r"[A-Za-z]+|(?:[A-Za-z]\\cdot ?)+[A-Za-z]", a):
+        a, b = (re.sub(r"(?<=[A-Za-z])(?=[A-Za-z])", r"\\cdot ", s) if s.isalpha() else s
+                for s in (a, b))  # fmt: skip
+    product_a = product(a)
+    return product_a is not None and product_a == product(b)

@@ -1,84 +1,114 @@
 r"""LaTeX answers as text: one spelling for each (as the MATH benchmark does it: Hendrycks et al.,
-2021), and their shape (tuple, interval, set, list, union, matrix) taken apart into scalars."""
+2021)."""
 
 import re
-import unicodedata
 
-from jgrpo.answers.units import with_rate
+from jgrpo.answers.characters import as_latex
+from jgrpo.answers.dress import bare, undressed
+from jgrpo.answers.shape import closing, depths
+from jgrpo.answers.units import dollars_an_hour, with_rate, with_words
 
 MAX_CHARS = 1000
 """Longer answers are compared as they stand, without normalisation."""
 
-_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-")
-_SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
-_UNICODE = str.maketrans(
-    {
-        "\N{MINUS SIGN}": "-", "\N{EN DASH}": "-", "\N{NO-BREAK SPACE}": " ", '"': "",
-        "\N{MULTIPLICATION SIGN}": r"\cdot ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/",
-        "π": r"\pi ", "√": r"\sqrt ", "\N{UNION}": r"\cup ", "∞": r"\infty ", "≤": r"\le ",
-        "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "±": r"\pm ", "∈": r"\in ", "∅": r"\{\}",
-        "…": r"\ldots ", "°": r"^\circ ",
-        **{c: rf"\frac{{{n}}}{{{d}}}" for c in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅐⅛⅜⅝⅞⅑⅒"
-           for n, d in [unicodedata.normalize("NFKC", c).split("\N{FRACTION SLASH}")]},
-    }
-)  # fmt: skip
 GROUP = r"\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\}"
 _DEGREES = r"\^ ?(?:\{ ?\\circ ?\}|\\circ(?![A-Za-z]))|\\degree(?![A-Za-z])"
-_FONT = re.compile(
-    r"\\(?P<math>boldsymbol|bm|pmb|underline)?(?(math)|(?:emph|math(?:rm|bf|it|sf|tt|normal)"
-    rf"|text(?:bf|it|rm|sf|tt)?)) ?(?P<inside>{GROUP})"
-)
 _TO_QUOTES = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
         (r"\s+", " "),
-        (r"\*\*((?:(?!\*\*).)+)\*\*|^`([^`]*)`$", r"\1\2"),  # Markdown
-        (r"\\(?:text)?color(?:box)? ?\{[^{}]*\}", ""),
-        (r"\\(?:bf|it|rm|sf|tt|small|large|Large|LARGE|huge|Huge)(?![A-Za-z])", ""),
         (r"\\\\(?=[a-z]{2})", r"\\"),  # doubled escapes: \\frac
         (r"\\\\", "\n"),  # a matrix row, from here on
-        (r"\\\$|\$|\\[()\[\]]", ""),
-        (r"\\(?:left|right|[bB]ig+[lr]?|displaystyle|textstyle)(?![A-Za-z])\.?", ""),
-        (r"(?<=[0-9])(?:\{,\}|, ?\\! ?|\\! ?, ?)(?=[0-9]{3}(?![0-9]))", ""),
-        (r"\\!", ""),
-        (r"(?: |~|\\[,;:> ]|\\q?quad(?![A-Za-z]))+", " "),
-        (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
+        (r"\\\$|\$|\\[()\[\]]|\\textdollar(?![A-Za-z])", ""),
+        (r"\\(?:left|right|[bB]igg?[lrm]?)(?![A-Za-z])\.?", ""),
+        (r"(?<=[0-9])(?:\{, ?\}(?:\\!)?|, ?\\! ?|\\! ?, ?)(?=[0-9]{3}(?![0-9]))", "{,}"),
         (
-            r"\\(?:text(?:bf|it|rm|sf|normal)?|math(?:rm|bf|it|sf)|mbox|operatorname) ?"
-            r"\{([^{}]*)\}",
-            r'"\1"',  # in quotes from here on: may be a unit
+            r"(?<![0-9])([1-9][0-9]{0,2})((?:\{,\}[0-9]{3})+)(?![0-9])",
+            lambda m: m[1] + m[2].replace("{,}", ""),
         ),
+        (r"(?<=[0-9])\{, ?\}(?:\\!)?(?=[0-9])", "."),  # 3{,}5
+        (r"(?<=[0-9])['_](?=[0-9]{3}(?![0-9]))", ""),
+        (r"\\!", ""),
+        (r"(?<![,;\s]) *\\q?quad(?![A-Za-z]) *(?=[A-Za-z](?:_\S{1,5})? ?=)", ", "),
+        (r"\\(?:land|wedge)(?![A-Za-z])", '" and "'),
+        (r"\\(?:lor|vee)(?![A-Za-z])", '" or "'),
     )
 )
-_REWRITES = tuple(
+_RELATIONS = (
+    (r"\\lt(?![A-Za-z])", "<"),
+    (r"\\gt(?![A-Za-z])", ">"),
+    (
+        r"\\not ?=|=\\not(?![A-Za-z])|\\neq?(?![A-Za-z])|<>|(?<=[A-Za-z])!=|\" ?is not equal to ?\""
+        r"|\" ?not equal to ?\"",
+        r"\\ne ",
+    ),
+    (r"<=|\\leq(?:q|slant|qslant)?(?![A-Za-z])|\\le(?![A-Za-z])", r"\\le "),
+    (r">=|\\geq(?:q|slant|qslant)?(?![A-Za-z])|\\ge(?![A-Za-z])", r"\\ge "),
+    (r"(<|>|\\(?:le|ge|ne)) *\{([^{}]*|\\frac[^<>]*)\}$", r"\1 \2"),
+)
+_SETS = (
+    (r"\\(?:emptyset|varnothing)(?![A-Za-z])", r"\\{\\}"),
+    (r"\\mathbb ?(?:\{R\}|R)", r"(-\\infty,\\infty)"),
+    (r'^"?(?:all )?real(?: number)?s"?$', r"(-\\infty,\\infty)"),
+    (r"\\(?:cup|bigcup|sqcup|uplus)(?![A-Za-z])", r"\\cup "),
+    (r'(?<=[\])}]) *"? *(?:U|union) *"? *(?=[\[(]|\\\{)', r"\\cup "),
+    (r"\(-\\infty,\\infty\) ?(?:\\setminus|\\backslash|-) ?\\\{([^{},]+)\\\}",
+     r"(-\\infty,\1)\\cup (\1,\\infty)"),
+    (r"(?<![\w)}])\]([^\[\]()]*,[^\[\]()]*)([\[\]])",
+     lambda m: f"({m[1]}{')' if m[2] == '[' else ']'}"),  # ]1,2[
+    (r"\[([^\[\]()]*,[^\[\]()]*)\[", r"[\1)"),
+    (r"^\\\{ ?[A-Za-z] ?(?:\\in ?\(-\\infty,\\infty\) ?)?"
+     r"(?::|\||\\(?:mid|vert|colon)(?![A-Za-z])) ?(.+)\\\}$", r"\1"),  # the set of all x with ...
+    (r"^([A-Za-z]) ?\\in ?\(-\\infty,\\infty\) ?, ?(?=.*\1)", ""),
+    (r'^" ?all(?: real)?(?: numbers)? ?" ?(?=[^"]*(?:[<>]|\\[lgn]e(?![a-z])))', ""),
+    (r'(<|>|\\le |\\ge ) ?([A-Za-z]) ?" ?and ?" ?\2 ?(?=\1)', r"\1\2"),  # 1<x and x<2
+    (r'([A-Za-z]) ?(>|\\ge )([^<>,=]+?)" ?and ?" ?\1 ?(<|\\le )([^<>,=]+)',
+     lambda m: f"{m[3]}{'<' if m[2] == '>' else m[2].replace('g', 'l')}{m[1]}{m[4]}{m[5]}"),
+    (r'([A-Za-z]) ?(<|\\le )([^<>,=]+?)" ?and ?" ?\1 ?(>|\\ge )([^<>,=]+)',
+     lambda m: f"{m[5]}{'<' if m[4] == '>' else m[4].replace('g', 'l')}{m[1]}{m[2]}{m[3]}"),
+)  # fmt: skip
+_ABOUT = (
+    (r"\\(?:thickapprox|thicksim|simeq|doteq|cong|approxeq|sim(?= ?-?[0-9]+\.[0-9]))(?![A-Za-z])"
+     r"(?= ?[-0-9])|^\\sim(?= ?[-0-9])", r"\\approx "),
+    (r'"? ?\(? ?"? ?(?<![\\A-Za-z])(?:or |which is )?'
+     r'(?:approximately|approx\.?|about|roughly|around|nearly) ?"? ?(?=[-0-9.])', r"\\approx "),
+    (r'"? ?\bor ?"? ?(?=\\approx)', ""),
+    (r'\( ?(\\approx[^()]*?)"? ?\) ?"?$', r"\1"),
+    (r'(\\approx [-0-9.]+) ?" ?\) ?"$', r"\1"),
+)  # fmt: skip
+_POWERS_OF_TEN = (
+    (r'(?<=[0-9])(?: ?" ?([eE]) ?" ?|([eE]) ?)\{?([-+]?[0-9]+)\}?(?![0-9A-Za-z])', r"\1\2\3"),
+    (r'(?<=[0-9)]) ?(?:x|" ?x ?") ?(?=\{?10\}?\^)', r"\\cdot "),
+    (r"\^\((-?[0-9]+)\)", r"^{\1}"),
+)
+_SPELLINGS = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
+        (r"(?<![\\_^])\{\}", " "),
+        (r"(?<![A-Za-z^_])\{ *(\\(?:cup|times|cdot|[lc]?dots|l[te]q?|g[te]q?|neq?)) *\}", r"\1 "),
+        (r'(?<![A-Za-z\]}^_])\{ *("[^"]*") *\}', r"\1 "),  # {"km"}
+        (r'"([^"]*)"', lambda m: m[0] if re.search("[A-Za-z]", m[1]) else m[1]),
+        (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
+        (r"\\times(?![A-Za-z])|\\ast(?![A-Za-z])|\*", r"\\cdot "),
+        *_POWERS_OF_TEN,
+        *_RELATIONS,
+        *_ABOUT,
+        *_SETS,
         (rf"(?:{_DEGREES}) ?, ?(?=[0-9])", ",~"),  # this comma separates, as those below
         (_DEGREES, ""),
-        (r'" ?,? ?(?:and|or) ?"|(?<=[^A-Za-z"]) (?:and|or) ', ",~"),
-        (r'"([^"]*,[^"]*)"', r"\1"),
+        (r'" ?,? ?(?:and|or) ?"|(?<=[^A-Za-z"]) (?:and|or) (?![A-Za-z]{3})', ",~"),
+        (r'"([^"]*)"', lambda m: m[1] if "," in m[1] else m[0]),
         (r", ?,", ","),
         (r"\\%| ?\b[pP]ercent\b", "%"),
         (r"(?<![A-Za-z\\])sqrt ?\(([^()]*)\)", r"\\sqrt{\1}"),
         (r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi "),
+        (r"(?<![A-Za-z\\\"])(log|ln|sin|cos|tan)(?=[_( ])", r"\\\1"),
         (r"\\sqrt ?([0-9A-Za-z]|\\pi)", r"\\sqrt{\1}"),
         (r"\\frac ?([0-9A-Za-z]|\\pi)", r"\\frac{\1}"),
         (rf"\\frac({GROUP}) ?([0-9A-Za-z]|\\pi)", r"\\frac\1{\2}"),
-        (r"\\(?:emptyset|varnothing)(?![A-Za-z])", r"\\{\\}"),
-        (r"\\mathbb ?(?:\{R\}|R)", r"(-\\infty,\\infty)"),
         (r"(\\log ?_ ?(?:[0-9A-Za-z]|\{[^{}]*\})) +(?=[0-9])", r"\1"),
-        (r"\\times(?![A-Za-z])|\*", r"\\cdot "),
-        (
-            r"^\\\{ ?[A-Za-z] ?(?::|\||\\(?:mid|vert|colon)(?![A-Za-z])) ?(.+)\\\}$",
-            r"\1",
-        ),  # the set of all x with ...
-        (r"\\bigcup(?![A-Za-z])", r"\\cup "),
-        (r"\\(?:[lc]?dots[cbm]?)(?![A-Za-z])|\.\.\.", r"\\ldots "),
-        (r"\\lt(?![A-Za-z])", "<"),
-        (r"\\gt(?![A-Za-z])", ">"),
-        (r"\\not ?=|\\neq?(?![A-Za-z])", r"\\ne "),
-        (r"\\le(?:q|qslant)?(?![A-Za-z])", r"\\le "),
-        (r"\\ge(?:q|qslant)?(?![A-Za-z])", r"\\ge "),
+        (r"\\(?:[lch]?dots[cbm]?|mathellipsis|textellipsis|ldotp\\ldotp\\ldotp)(?![A-Za-z])"
+         r"|\. ?\. ?\.", r"\\ldots "),
         # `6 3/4` is a mixed number; without its space it would be 63/4.
         (r"(?<![0-9.] )(?<![0-9.])([0-9]+) +([0-9]+) ?/ ?([0-9]+)", r"\1\\frac{\2}{\3}"),
         (r"(?<=[0-9]) (?=[0-9]{3}(?![0-9]))", ""),
@@ -88,19 +118,8 @@ _REWRITES = tuple(
         (r"([\^_])\{([0-9A-Za-z])\}", r"\1\2"),
         (r"(?<![0-9])\.(?=[0-9])", "0."),
     )
-)
-_RAISED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻]+")
-_LOWERED = re.compile("[₀₁₂₃₄₅₆₇₈₉]+")
+)  # fmt: skip
 _KEPT_SPACE = re.compile(r"(\\[A-Za-z]+ (?=[A-Za-z]))| +")
-
-_NAME = re.compile(
-    r"((?:m?\\angle ?)?[A-Za-z](?:[A-Z]{1,2})?'?(?:_(?:\{\w+\}|\w))?"
-    r"(?:\([a-z](?:,[a-z])*\)|\([^()=<>]{1,30}\))?"
-    r"|\|[A-Z]{1,3}\||\[[A-Z]{3,5}\]|\\(?:overline|overrightarrow) ?\{?[A-Z]{2}\}?"
-    r'|\\(?:angle|triangle) ?[A-Z]{1,3}|\\[a-z]+|"[^"]*"|\([a-z](?:,[a-z])+\))'
-    r"(?:=|\\in(?![a-z])) ?"
-)
-_MATRIX = re.compile(r"\\begin\{([pbBvV]?)matrix\}(.*)\\end\{\1matrix\}", re.DOTALL)
 
 
 def normalize(answer: str) -> str:
@@ -112,32 +131,18 @@ def normalize(answer: str) -> str:
     """
     if len(answer) > MAX_CHARS:
         return answer.strip()
-    text = answer if answer.isascii() else "".join(map(_ascii, answer))
-    text = _RAISED.sub(lambda m: f"^{{{m[0].translate(_SUPERSCRIPTS)}}}", text)
-    text = _LOWERED.sub(lambda m: f"_{{{m[0].translate(_SUBSCRIPTS)}}}", text)
-    text = _semicolons(text.translate(_UNICODE))
+    text = dollars_an_hour(_semicolons(as_latex(answer)))
     for pattern, replacement in _TO_QUOTES:
-        text = _FONT.sub(_without_font, pattern.sub(replacement, text))
-    text = with_rate(text.strip())
-    for pattern, replacement in _REWRITES:
+        text = pattern.sub(replacement, text)
+    text = bare(undressed(text).strip()).strip()
+    text = with_rate(with_words(text))
+    for pattern, replacement in _SPELLINGS:
         text = pattern.sub(replacement, text)
     text = _KEPT_SPACE.sub(lambda match: match[1] or "", text).strip(" \n")
-    text = re.sub(r"[.,;:]+$", "", re.sub(r"^(?:=(?!=)|\++)", "", text))
+    text = re.sub(r"[.,;:]+$|(?<=^[A-Z])\)$", "", text)
     while text.startswith("{") and closing(text) == len(text) - 1:
         text = text[1:-1]
     return text
-
-
-def _ascii(c: str) -> str:
-    """A full-width character, or one of Unicode's own fonts, as the plain one that it is."""
-    known = unicodedata.decomposition(c).startswith(("<wide>", "<font>"))
-    return unicodedata.normalize("NFKC", c) if known else c
-
-
-def _without_font(match: re.Match[str]) -> str:
-    """What is set in a font, if that is more than text: text may be a unit."""
-    inside = match["inside"][1:-1]
-    return inside if match["math"] or re.search(r"[{}]|\\[A-Za-z]", inside) else match[0]
 
 
 def _semicolons(text: str) -> str:
@@ -157,71 +162,3 @@ def _semicolons(text: str) -> str:
     for place in places:
         pieces[place] = ", "
     return "".join(pieces)
-
-
-def parts(s: str) -> tuple[str, list[str]]:
-    """Return (kind, parts): "set" (also a bare list), "union", brackets, "matrix"; scalar: ""."""
-    elements = split(s, ",")
-    expanded = [e for element in elements for e in plus_minus(element)]
-    if len(expanded) > 1:
-        return "set", expanded
-    if len(sets := split(s, r"\cup")) > 1:
-        return "union", sets
-    if matrix := _MATRIX.fullmatch(s):
-        rows = [row.split("&") for row in matrix[2].strip("\n").split("\n")]
-        kind = "determinant" if matrix[1] in ("v", "V") else "matrix"
-        return f"{kind} {[len(row) for row in rows]}", [cell for row in rows for cell in row]
-    if s.startswith(r"\{") and s.endswith(r"\}") and closing(s) == len(s) - 1:
-        inside = split(s[2:-2], ",")
-        return parts(inside[0]) if len(inside) == 1 and inside[0] else ("set", inside)
-    if s[0] in "([" and closing(s) == len(s) - 1:
-        inside = split(s[1:-1], ",")
-        if len(inside) > 1:
-            return s[0] + s[-1], inside
-        if s[0] + s[-1] == "()":
-            return parts(inside[0]) if inside[0] else ("", [s])
-    return "", [s]
-
-
-def split(s: str, separator: str) -> list[str]:
-    """Split at the separators that stand outside all brackets."""
-    pieces, depth, start = [], 0, 0
-    for match in re.finditer(r"\\cup(?![A-Za-z])|[{(\[]|[})\]]|,", s):
-        token = match[0]
-        depth += (token in "{([") - (token in "})]")
-        if token == separator and depth == 0:
-            pieces.append(s[start : match.start()].strip(" ~"))
-            start = match.end()
-    return [*pieces, s[start:].strip(" ~")]
-
-
-def depths(s: str) -> tuple[int, int]:
-    """Return how many brackets are left open at the end, and how many are at most."""
-    n_open = n_most = 0
-    for match in re.finditer(r"[{(\[]|[})\]]", s):
-        n_open += 1 if match[0] in "{([" else -1
-        n_most = max(n_most, n_open)
-    return n_open, n_most
-
-
-def closing(s: str) -> int:
-    """Return the index of the bracket that closes the first one in `s`, or -1."""
-    depth = 0
-    for match in re.finditer(r"[{(\[]|[})\]]", s):
-        depth += 1 if match[0] in "{([" else -1
-        if depth == 0:
-            return match.start()
-    return -1
-
-
-def plus_minus(s: str) -> list[str]:
-    r"""`3\pm2` -> [`3+2`, `3-2`]; anything else alone."""
-    if s.count(r"\pm") != 1 or r"\mp" in s:
-        return [s]
-    return [re.sub(r"\\pm ?", sign, s).lstrip("+") for sign in "+-"]
-
-
-def named(s: str) -> tuple[str, str]:
-    r"""`x=5` and `x\in5` -> ("x", "5"); `V=2+3=5` -> ("V", "5"); no plain name: ("", s)."""
-    match = _NAME.match(s)
-    return (match[1], s[match.end() :].rsplit("=", 1)[-1]) if match else ("", s)

@@ -36,7 +36,7 @@ def load_tokenizer(model_id: str) -> PreTrainedTokenizerBase:
             "tokenizer_config.json, or a hub id that this machine can reach"
         ) from error
     vocab_size = _vocab_size(model_id)
-    if needed := [t for t in _beyond(tokenizer, vocab_size) if _may_be_written(tokenizer, t)]:
+    if needed := needed_beyond(tokenizer, vocab_size):
         raise InputError(
             f"model_id={model_id}: the tokenizer has {len(tokenizer)} tokens, config.json makes it "
             f"vocab_size={vocab_size}, and {needed[0]!r} is beyond; put the model's own tokenizer "
@@ -49,8 +49,10 @@ def _vocab_size(model_id: str) -> float:
     return _read_model_json(model_id, "config.json").get("vocab_size") or math.inf
 
 
-def _beyond(tokenizer: PreTrainedTokenizerBase, vocab_size: float) -> list[str]:
-    return sorted(token for token, i in tokenizer.get_vocab().items() if i >= vocab_size)
+def needed_beyond(tokenizer: PreTrainedTokenizerBase, vocab_size: float) -> list[str]:
+    """The tokens beyond a model's vocabulary that may be written; a [PAD] is not."""
+    beyond = sorted(token for token, i in tokenizer.get_vocab().items() if i >= vocab_size)
+    return [token for token in beyond if _may_be_written(tokenizer, token)]
 
 
 def _may_be_written(tokenizer: PreTrainedTokenizerBase, token: str) -> bool:

@@ -11,6 +11,7 @@ scored. Left out on purpose: training (tiny_prm.py makes a small one), and other
 """
 
 import logging
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -29,6 +30,7 @@ from jgrpo.policy.batch import bucket
 from jgrpo.policy.model import Body, ModelConfig, Parts, positions_in
 from jgrpo.policy.tracing import traced
 from jgrpo.policy.weights import filled, model_config, read_hf_config
+from jgrpo.prompts.tokenizer import needed_beyond
 
 logger = logging.getLogger("jgrpo")
 
@@ -46,17 +48,25 @@ def steps(text: str) -> list[str]:
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerBase, problem: str, completion: str
+    tokenizer: PreTrainedTokenizerBase,
+    problem: str,
+    completion: str,
+    vocab_size: float = math.inf,
 ) -> tuple[list[int], list[int]]:
     """What the model reads, and the index of each step's last token (its newline) in it.
 
-    Steps are encoded one by one, so that a newline never melts into the token before it.
+    Steps are encoded one by one, so that a newline never melts into the token before it. A token
+    beyond the vocabulary (a [PAD] that somebody wrote out) is left out: the model has none for it.
     """
-    ids = tokenizer.encode((tokenizer.bos_token or "") + problem + "\n", add_special_tokens=False)
-    newline = tokenizer.encode("\n", add_special_tokens=False)[-1]
+
+    def read(text: str) -> list[int]:
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        return [i for i in ids if i < vocab_size]
+
+    ids, newline = read((tokenizer.bos_token or "") + problem + "\n"), read("\n")[-1]
     ends = []
     for step in steps(completion):
-        ids += [*tokenizer.encode(step, add_special_tokens=False), newline]
+        ids += [*read(step), newline]
         ends.append(len(ids) - 1)
     return ids, ends
 
@@ -113,10 +123,11 @@ def load_reward_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     except (ValueError, KeyError, OSError) as error:
         raise InputError(f"the tokenizer in {folder} cannot be read: {error!r}") from error
     vocab_size = read_hf_config(folder).vocab_size
-    if len(tokenizer) > vocab_size:
+    if needed := needed_beyond(tokenizer, vocab_size):
         raise InputError(
             f"the tokenizer in {folder} has {len(tokenizer)} tokens, config.json makes it "
-            f"vocab_size={vocab_size}; put the model's own tokenizer there"
+            f"vocab_size={vocab_size}, and {needed[0]!r} is beyond; put the model's own tokenizer "
+            "there"
         )
     return tokenizer
 
@@ -134,7 +145,8 @@ class ProcessRewards:
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: must be positive")
         self.batch_size = batch_size
-        self.max_positions = read_hf_config(folder).max_position_embeddings
+        hf = read_hf_config(folder)
+        self.max_positions, self.vocab_size = hf.max_position_embeddings, hf.vocab_size
         self.tokenizer, model = _all_or_one_error(
             partial(load_reward_tokenizer, folder), partial(load_reward_model, folder, dtype)
         )
@@ -165,7 +177,7 @@ class ProcessRewards:
 
     def step_scores(self, pairs: Sequence[tuple[str, str]]) -> list[np.ndarray]:
         """Problem and completion pairs -> float32 [steps] each: every step's score in 0..1."""
-        rows = [encode(self.tokenizer, *pair) for pair in pairs]
+        rows = [encode(self.tokenizer, *pair, self.vocab_size) for pair in pairs]
         scores = [np.zeros(0, np.float32)] * len(rows)
         order = [i for i in range(len(rows)) if rows[i][1]]
         order.sort(key=lambda i: -len(rows[i][0]))  # longest first: a lack of memory shows early

@@ -18,6 +18,7 @@ from answer_cases import (
     SAME_BY_ALGEBRA,
     SPELLINGS,
 )
+from answer_spellings import KINDS
 
 from jgrpo.answers.equal import (
     IN_PROCESS_LIMIT_S,
@@ -94,6 +95,13 @@ def test_one_value_in_two_spellings(answer, gold):
 @pytest.mark.parametrize(("answer", "gold"), NO_SPELLINGS)
 def test_what_only_looks_like_a_spelling_is_another_value(answer, gold):
     assert not is_correct(rf"\boxed{{{answer}}}", gold)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_kind_of_spellings(kind):
+    for gold, right, wrong in KINDS[kind]:
+        assert [a for a in (gold, *right) if not is_correct(rf"\boxed{{{a}}}", gold)] == []
+        assert [a for a in wrong if is_correct(rf"\boxed{{{a}}}", gold)] == []
 
 
 def test_no_box_is_wrong_even_if_the_answer_is_in_the_text():

@@ -339,6 +339,22 @@ def test_the_tokenizer_of_a_larger_vocabulary_is_refused(tmp_path):
     assert re.search(r"has 54 tokens, config.json makes it vocab_size=53", refusal(folder))
 
 
+def test_a_pad_token_beyond_the_vocabulary_does_no_harm(tmp_path):
+    folder = write_prm(tmp_path, tiny.make_tokenizer())
+    kwargs = {"dtype": "float32", "batch_size": 2}
+    scores = ProcessRewards(folder, **kwargs)
+    padded = tiny.make_tokenizer()
+    padded.add_special_tokens({"pad_token": "[PAD]"})
+    padded.add_special_tokens({"additional_special_tokens": ["[A]", "[B]", "[C]"]})
+    padded.save_pretrained(folder)
+    with_pad = ProcessRewards(folder, **kwargs)
+    assert len(with_pad.tokenizer) > with_pad.vocab_size
+    group = [["1+1=2\nso 2"]]
+    np.testing.assert_array_equal(with_pad(["1+1"], group), scores(["1+1"], group))
+    written = with_pad(["1+1"], [["1+1=2[C]\nso 2"]])  # a policy wrote it out
+    np.testing.assert_array_equal(written, scores(["1+1"], group))
+
+
 def test_a_folder_that_is_none(tmp_path):
     assert "has no config.json" in refusal(tmp_path / "nowhere")
 
