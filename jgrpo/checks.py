@@ -127,7 +127,7 @@ def _wrong_values(c: Any) -> Iterator[str]:
         elif isinstance(value, int) and value >= 2**31:
             yield f"{name}={value!r}: must be below 2**31"
     for name in ("seed", "eval_every", "beta", "overlong_cache", "warmup_steps", "entropy_coef",
-                 "checkpoint_keep_period"):  # fmt: skip
+                 "checkpoint_keep_period", "show_every"):  # fmt: skip
         if not 0 <= getattr(c, name) < 2**31:
             yield f"{name}={getattr(c, name)!r}: must not be negative, and below 2**31"
     for field in dataclasses.fields(c):

@@ -223,6 +223,8 @@ class Config:
     report_to: tuple[str, ...] = ("tensorboard",)
     """Where metrics go beside metrics.jsonl, one or several of tensorboard (a file in the run's
     folder), wandb and trackio (`pip install 'jgrpo[wandb]'`); none: to none."""
+    show_every: int = 10
+    """Steps between those of which the log shows a right and a wrong completion; 0: never."""
     project: str = "jgrpo"
     """The project of the run at wandb or trackio."""
     eval_every: int = 5

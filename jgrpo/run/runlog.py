@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,11 @@ from jgrpo.rollout.protocol import Progress as Advance
 from jgrpo.run.compiling import Compilations
 from jgrpo.run.rundir import json_line, jsonable, truncate_metrics
 from jgrpo.run.terminal import ACCURACY, COLUMNS, Column, StepLines, TimeLeft, bars, clock
-from jgrpo.run.told import one_of_each
+from jgrpo.run.told import completion_text, lines_shown, one_of_each
 from jgrpo.run.trackers import Trackers
 
+SHOWN_CHARACTERS = 600
+"""Of a completion in the log."""
 OF_A_COMPLETION = ("reward", "advantage", "gold", "problem", "completion")
 
 
@@ -81,7 +84,9 @@ class RunLog:
         # Unbuffered: one write a line, so that a killed run tears at most the last.
         self._file = (run_dir / "metrics.jsonl").open("ab", buffering=0)
         tell = lambda line: self.info(line, style="yellow")  # noqa: E731
-        self._trackers = Trackers(config or Config(), run_dir, rows, tell)
+        config = config or Config()
+        self._show_every = config.show_every
+        self._trackers = Trackers(config, run_dir, rows, tell)
         self._compiling = Compilations(lambda line: self.info(line, style="dim"))
         is_live = self.console.is_terminal if live is None else live
         self._progress = bars(self.console, is_live, lambda: self._compiling.now)
@@ -135,6 +140,8 @@ class RunLog:
         if training:
             self._trackers.table("completions/training", step, jsonable(sample_of(rows)))
             self._show_step(step, jsonable(training))
+            if self._show_every and step % self._show_every == 0:
+                self._show_completions(step, one_of_each(rows))
             self._show_left(step, self._left.after_step(step, training))
         if evaluation:
             self._trackers.table("completions/evaluation", step, jsonable(rows))
@@ -204,6 +211,15 @@ class RunLog:
             self.info(self._lines.title(), style="bold")
             self._header_shown = True
         self.console.print(self._lines.row(step, metrics), soft_wrap=True)
+
+    def _show_completions(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Each below its problem, which they may share."""
+        for problem, same in groupby(rows, key=lambda row: row["problem"]):
+            completions = [*same]
+            lines_shown(self.console, f"step {step}", problem, gold=completions[0]["gold"])
+            for row in completions:
+                text = completion_text(row, SHOWN_CHARACTERS, self.console.encoding)
+                self.console.print(text, soft_wrap=not self.console.is_terminal)
 
     def _show_left(self, step: int, left_s: float | None) -> None:
         since = self._progress.get_time()

@@ -315,6 +315,26 @@ def test_a_disk_that_takes_a_part_of_a_line_is_told_of(tmp_path):
             log.log(1, {"train/loss": 1.0})
 
 
+@pytest.mark.parametrize("every", [0, 2])
+def test_the_log_shows_a_right_and_a_wrong_completion_every_so_many_steps(tmp_path, every):
+    console = plain(100)
+    texts = {True: "it is \\boxed{7}\x1b[2J", False: "x" * 5000}
+    rows = [
+        {"problem": "3 + 4?", "gold": "7", "completion": texts[right], "token_ids": [1, 2],
+         "reward": float(right), "reward_parts": {"outcome": float(right)}, "advantage": 0.5,
+         "finish_reason": "stop"}
+        for right in (False, True, True, False)
+    ]  # fmt: skip
+    with RunLog(tmp_path, 9, config=Config(show_every=every), console=console) as log:
+        for step in (1, 2, 3):
+            log.log(step, STEP, rows)
+    text = shown(console)
+    assert re.findall(r"step (\d) +gold 7", text) == ["2"] * (every > 0)
+    assert text.count("3 + 4?") == text.count(r"it is \boxed{7}\x1b[2J") == (every > 0)
+    assert text.count("x" * 300) == 2 * (every > 0)  # of 5,000 both ends
+    assert "\x1b" not in text
+
+
 def test_a_full_disk_is_one_message(tmp_path):
     class Full(io.RawIOBase):
         def write(self, data):
