@@ -63,9 +63,9 @@ class Config:
     """Bounds one forward and backward to as many tokens as this many completions have when they and
     their prompts are longest. A prompt is computed once for its completions, and short completions
     share rows. Changes memory and speed, not the gradient; --dry_run says what it takes."""
-    attn_implementation: Literal["xla", "cudnn"] = "xla"
+    attn_implementation: Literal["auto", "xla", "cudnn"] = "auto"
     """Attention in training. cudnn is flash attention: on a GPU, with dtype bfloat16; its memory
-    grows with the length, not with its square."""
+    grows with the length, not with its square. auto: cudnn where it can be, else xla."""
     gradient_checkpointing: bool = False
     """Recompute each layer in the backward pass instead of keeping its activations: a fifth more
     time, for where --dry_run says that training would not fit."""

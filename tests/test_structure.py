@@ -53,7 +53,8 @@ FOLDERS = {file.parent.name for file in FILES} - {"jgrpo"}
 PURE = ("advantages", "losses", "estimators", "answers.latex", "answers.algebra", "answers.equal",
         "answers.box", "answers.units", "answers.interval", "answers.characters", "answers.choice",
         "answers.dress", "answers.names", "answers.scalar", "answers.shape",
-        "policy.remat", "policy.rope", "policy.tape", "policy.lora", "policy.batch",
+        "policy.backend", "policy.remat", "policy.rope", "policy.tape", "policy.lora",
+        "policy.batch",
         "rollout.protocol")  # fmt: skip
 LIGHT = ("errors", "config", "cli", "checks", "advantages", "serve", "answers.equal",
          "answers.grader", "rewards.parts", "rollout.protocol", "rollout.server", "rollout.vllm",

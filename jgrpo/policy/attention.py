@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
+from jgrpo.policy.backend import backend
 from jgrpo.policy.remat import keep
 
 MASKED = -1e30  # finite: a row that sees nothing must not become NaN
@@ -27,15 +28,22 @@ def causal_mask(segments: jax.Array) -> jax.Array:
     return (segments[:, :, None] == segments[:, None, :]) & causal
 
 
+def as_bias(mask: jax.Array) -> jax.Array:
+    """bool -> bfloat16, 0 where it is true."""
+    return jnp.where(mask, 0, MASKED).astype(jnp.bfloat16)
+
+
 def attention(
     q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, implementation: str = "xla"
 ) -> jax.Array:
     """Grouped-query attention: q [N, T, H, C], k and v [N, S, K, C], mask [N, T, S].
 
-    `implementation` "cudnn" is flash attention (Dao et al. 2022): on a GPU, in 16 bits.
+    `implementation` "cudnn" is flash attention (Dao et al. 2022): on a GPU, in 16 bits. It adds the
+    mask to the scores, and takes it as `as_bias` makes it, so that not every layer need do that.
     """
     if implementation == "cudnn":
-        return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation="cudnn")
+        bias = as_bias(mask) if mask.dtype == bool else mask
+        return jax.nn.dot_product_attention(q, k, v, bias[:, None], implementation="cudnn")
     (n, t, h, c), n_kv = q.shape, k.shape[2]
     q = q.reshape(n, t, n_kv, -1, c).transpose(0, 2, 3, 1, 4)  # [N, K, G, T, C]
     out = _softmax_attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask[:, None, None])
@@ -78,6 +86,14 @@ def _softmax_attention_backward(saved, dy):
 
 
 _softmax_attention.defvjp(_softmax_attention_forward, _softmax_attention_backward)
+
+
+def chosen(implementation: str, dtype: str, head_width: int) -> str:
+    """ "auto" is flash attention where cuDNN has it on every card: in 16 bits, heads up to 128."""
+    if implementation != "auto":
+        return implementation
+    fits = dtype == "bfloat16" and head_width <= 128 and head_width % 8 == 0
+    return "cudnn" if backend().flash_attention and fits else "xla"
 
 
 def full_attention(segments: jax.Array) -> Attend:

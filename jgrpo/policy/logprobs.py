@@ -10,24 +10,22 @@ slots, N completions; K slots for trained tokens in the head: M or R U, and what
 """
 
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from jgrpo.policy.attention import Attend, attention, causal_mask
+from jgrpo.policy.attention import Attend, as_bias, attention, causal_mask
+from jgrpo.policy.backend import backend
 from jgrpo.policy.batch import MicroBatch
 from jgrpo.policy.model import Decoder, positions_in
 from jgrpo.policy.tape import Tape
 
-HEAD_CHUNK_FLOATS = 2**24
-"""Logits in memory at once (64 MiB in float32); the chunk's backward pass needs a few such."""
-
-LEAST_BLOCK, MOST_BLOCKS = 96, 8
-"""Tokens of a row that attend at once, and how many such blocks a row has at most: 8 compute 0.56
-of a row's scores; more would save little and take longer to compile."""
+BLOCKS = {"xla": (96, 8), "cudnn": (512, 2)}
+"""How many tokens of a row attend at once at least, and how many such blocks a row has at most: 8
+compute 0.56 of a row's scores; more would save little and take longer to compile. Around cuDNN's
+calls each block is copied, and 4 cost what they save."""
 
 
 def token_logprobs(
@@ -81,37 +79,42 @@ def head_logprobs(
 ) -> tuple[jax.Array, jax.Array]:
     """`token_logprobs` of the hidden states: the tokens of the mask, packed, go to the head."""
     batch = jax.tree.map(jnp.asarray, batch)
-    wanted, u = batch.mask.reshape(-1) > 0, batch.mask.shape[1]
+    wanted = batch.mask.reshape(-1) > 0
     chunk, n_chunks = _chunks(min(len(batch.places), batch.rows.size), model.config.vocab_size)
     k = chunk * n_chunks
     in_head = jnp.where(wanted, jnp.cumsum(wanted) - 1, k).astype(jnp.uint32)  # [N U]: which of K
-    slots = (batch.starts[:, None] + jnp.arange(u, dtype=jnp.uint32)).reshape(-1)
-    in_rows = jnp.zeros(k, jnp.uint32).at[in_head].set(slots, mode="drop")  # [K]: which of R U
+    of_mask = _inverse(in_head, k)  # [K]: which of N U
+    hidden, before = _hidden_before(hidden[0], batch)
+    unasked, asked = jnp.full(len(hidden), k, jnp.uint32), jnp.where(wanted, before, len(hidden))
+    after = unasked.at[asked].set(in_head, mode="drop")  # [M + N]: which of K
+    u = jnp.arange(batch.mask.shape[1], dtype=jnp.uint32)
+    slots = (jnp.asarray(batch.starts)[:, None] + u).reshape(-1)
+    before, slots = (x.at[of_mask].get(mode="fill", fill_value=0) for x in (before, slots))
     packed = _chunked(
-        model, hidden[0], _token_before(batch)[in_rows], batch.rows.reshape(-1)[in_rows],
-        wanted.sum(dtype=jnp.uint32),
+        model, hidden, before, after, batch.rows.reshape(-1)[slots], wanted.sum(dtype=jnp.uint32),
         chunk=chunk, temperature=temperature, entropy_gradient=entropy_gradient,
     )  # fmt: skip
-    unpacked = (x.at[in_head].get(mode="fill", fill_value=0) for x in packed)
-    logprobs, entropies = (x.reshape(batch.mask.shape) for x in unpacked)
+    logprobs, entropies = (_move(x, in_head, of_mask).reshape(batch.mask.shape) for x in packed)
     return logprobs, entropies
 
 
-def _token_before(batch: MicroBatch) -> jax.Array:
-    """uint32 [R U]: which of the computed tokens comes before each one of the rows."""
-    n, (p, s) = batch.prompts.size, batch.prompts.shape
+def _hidden_before(hidden: jax.Array, batch: MicroBatch) -> tuple[jax.Array, jax.Array]:
+    """hidden [M, D] -> [M + N, D], with the last token of its prompt for each completion, and which
+    of these comes before each token of the completions [N U]: each before one at most."""
+    m, (p, s), (n, u) = len(hidden), batch.prompts.shape, batch.mask.shape
     tokens = _token_in_slot(batch)
     last = tokens[jnp.arange(p) * s + batch.prompt_lengths - 1]
-    first = jnp.diff(batch.segments, axis=1, prepend=0) != 0
-    previous = jnp.roll(tokens[n:].reshape(first.shape), 1, axis=1)
-    return jnp.where(first, last[batch.row_prompts][:, None], previous).reshape(-1)
+    lasts = _move(hidden, last, _inverse(last, m))
+    firsts = _repeat(lasts, batch.row_prompts[batch.starts // batch.rows.shape[1]])
+    slots = p * s + batch.starts[:, None] + jnp.arange(u, dtype=jnp.uint32)
+    first = m + jnp.arange(n, dtype=jnp.uint32)
+    before = jnp.concatenate([first[:, None], tokens[slots[:, :-1]]], axis=1)
+    return jnp.concatenate([hidden, firsts]), before.reshape(-1)
 
 
 def _token_in_slot(batch: MicroBatch) -> jax.Array:
     """uint32 [P S + R U]: which of the computed tokens is in each slot, M where none is."""
-    m, n_slots = len(batch.places), batch.prompts.size + batch.rows.size
-    tokens = jnp.arange(m, dtype=jnp.uint32)
-    return jnp.full(n_slots, m, jnp.uint32).at[batch.places].set(tokens, mode="drop")
+    return _inverse(jnp.asarray(batch.places), batch.prompts.size + batch.rows.size)
 
 
 def _in_slots(x: jax.Array, batch: MicroBatch, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -134,6 +137,12 @@ def _moved(x: jax.Array, source: jax.Array, target: jax.Array) -> jax.Array:
     return x if len(source) == len(x) else _move(x, source, target)  # all slots: in their places
 
 
+def _inverse(places: jax.Array, n: int) -> jax.Array:
+    """uint32 [n]: which of the places is i, as many as there are where none is."""
+    index = jnp.arange(len(places), dtype=jnp.uint32)
+    return jnp.full(n, len(places), jnp.uint32).at[places].set(index, mode="drop")
+
+
 @jax.custom_vjp
 def _move(x, source, target):
     return x.at[source].get(mode="fill", fill_value=0)
@@ -145,6 +154,24 @@ _move.defvjp(  # the same way back; JAX's own gradient would add up row by row
 )
 
 
+def _repeat(x: jax.Array, which: jax.Array) -> jax.Array:
+    """x [P, ...] -> x[which] [R, ...]."""
+    return _repeated(x, which, len(x))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _repeated(x, which, p):
+    return x[which]
+
+
+def _added_up(p, which, dy):
+    """A product: JAX's own gradient would add in 16 bits, and on a GPU in no fixed order."""
+    return jnp.tensordot((which == jnp.arange(p)[:, None]).astype(dy.dtype), dy, 1), None
+
+
+_repeated.defvjp(lambda x, which, p: (x[which], which), _added_up)
+
+
 def _shared_prompts(batch: MicroBatch, implementation: str) -> Attend:
     """A prompt's tokens see each other, a completion's the prompt and each other; all causally."""
     (_, s), (r, u) = batch.prompts.shape, batch.rows.shape
@@ -153,30 +180,38 @@ def _shared_prompts(batch: MicroBatch, implementation: str) -> Attend:
     in_prompt = jnp.broadcast_to(in_prompt[:, None], (r, u, s))
     among_rows = jnp.concatenate([in_prompt, causal_mask(jnp.asarray(batch.segments))], axis=2)
 
-    arrays = batch, _token_in_slot(batch), among_prompts, among_rows
+    in_blocks = [among_rows[:, a:b, : s + b] for a, b in _blocks(u, implementation)]
+    if implementation == "cudnn":
+        among_prompts, *in_blocks = map(as_bias, (among_prompts, *in_blocks))
+    arrays = batch, _token_in_slot(batch), among_prompts, in_blocks
     return Partial(_ATTEND[implementation], *arrays)
 
 
-def _attend(implementation: str, batch, tokens, among_prompts, among_rows, q, k, v, _):
+def _blocks(u: int, implementation: str) -> list[tuple[int, int]]:
+    """From where to where the U tokens of a row attend at once."""
+    least, most = BLOCKS[implementation]
+    n = min(max(1, u // least), most)
+    return [(u * i // n, u * (i + 1) // n) for i in range(n)]
+
+
+def _attend(implementation: str, batch, tokens, among_prompts, in_blocks, q, k, v, _):
     """An `Attend` of the arrays of `_shared_prompts`."""
     s, u = batch.prompts.shape[1], batch.rows.shape[1]
-    n_blocks = min(max(1, u // LEAST_BLOCK), MOST_BLOCKS) if implementation == "xla" else 1
-    blocks = [u * i // n_blocks for i in range(n_blocks + 1)]
     (q_prompts, q_rows), (k_prompts, k_rows), (v_prompts, v_rows) = (
         _in_slots(x, batch, tokens) for x in (q, k, v)
     )
-    k_rows = jnp.concatenate([k_prompts[batch.row_prompts], k_rows], axis=1)
-    v_rows = jnp.concatenate([v_prompts[batch.row_prompts], v_rows], axis=1)
+    k_rows = jnp.concatenate([_repeat(k_prompts, batch.row_prompts), k_rows], axis=1)
+    v_rows = jnp.concatenate([_repeat(v_prompts, batch.row_prompts), v_rows], axis=1)
     of_prompts = attention(q_prompts, k_prompts, v_prompts, among_prompts, implementation)
     of_blocks = [  # no query sees what comes after its block
         attention(
             q_rows[:, a:b],
             k_rows[:, : s + b],
             v_rows[:, : s + b],
-            among_rows[:, a:b, : s + b],
+            seen,
             implementation,
         )
-        for a, b in pairwise(blocks)
+        for (a, b), seen in zip(_blocks(u, implementation), in_blocks, strict=True)
     ]
     of_rows = jnp.concatenate(of_blocks, axis=1)
     return _from_slots(of_prompts, of_rows, batch, tokens), None
@@ -233,9 +268,11 @@ def _head_and_gradients(
     return (logprobs, log_z - mean_logits), gradients
 
 
-def _chunked(model, hidden, before, targets, n_wanted, *, chunk, temperature, entropy_gradient):
+def _chunked(
+    model, hidden, before, after, targets, n_wanted, *, chunk, temperature, entropy_gradient
+):
     """`_head` of hidden [M, D] at before [K] and targets [K], a chunk at a time: the values [K], 0
-    in the chunks that hold none of the first n_wanted.
+    in the chunks that hold none of the first n_wanted. after [M] is the inverse of before.
 
     Where a gradient is asked for, it is computed with the value and kept [K, D], so that the
     backward pass does not come to the head again (JAX cannot go back through such a loop).
@@ -245,15 +282,15 @@ def _chunked(model, hidden, before, targets, n_wanted, *, chunk, temperature, en
     def run(*given):
         return _by_chunks(partial(_head, model, temperature), chunk, *given)
 
-    def forward(hidden, before, targets, n_wanted):
+    def forward(*given):
         function = partial(_head_and_gradients, model, temperature, entropy_gradient)
-        values, gradients = _by_chunks(function, chunk, hidden, before, targets, n_wanted)
-        return values, (gradients, before)
+        values, gradients = _by_chunks(function, chunk, *given)
+        return values, (gradients, after)
 
     def backward(saved, cotangents):
-        gradients, before = saved
+        gradients, after = saved
         weighed = sum(g * c[:, None] for g, c in zip(gradients, cotangents, strict=False))
-        total = jnp.zeros(hidden.shape).at[before].add(weighed)  # a prompt's last comes repeatedly
+        total = weighed.at[after].get(mode="fill", fill_value=0)
         return total.astype(hidden.dtype), None, None, None
 
     run.defvjp(forward, backward)
@@ -281,5 +318,5 @@ def _by_chunks(function, chunk, hidden, before, targets, n_wanted):
 def _chunks(n: int, vocab_size: int) -> tuple[int, int]:
     """How many of n tokens are in a chunk, and how many chunks there are: all alike, so that the
     last one is not mostly filling where all n are trained."""
-    n_chunks = -(-n // max(8, HEAD_CHUNK_FLOATS // vocab_size // 8 * 8))
+    n_chunks = -(-n // max(8, backend().head_chunk_floats // vocab_size // 8 * 8))
     return -(-n // n_chunks), n_chunks

@@ -10,6 +10,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jgrpo.policy.backend import backend
+from jgrpo.policy.remat import keep
+
 
 class LoRAParam(nnx.Param):
     """Marks the adapter's arrays, so that `nnx.split(model, LoRAParam, ...)` finds them."""
@@ -50,17 +53,19 @@ def adapted(x: jax.Array, w: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array
 
 
 def _adapted_forward(x, w, a, b):
-    return adapted(x, w, a, b), (x, w, a, b)
+    h = keep(x @ a)
+    return x @ w + h @ b, (x, w, a, b, h)
 
 
 def _adapted_backward(saved, dy):
-    (x, w, a, b), shape = saved, saved[0].shape
-    x, dy = jax.lax.optimization_barrier((x, dy))
-    x, dy = x.reshape(-1, shape[-1]), dy.reshape(-1, dy.shape[-1])
+    (x, w, a, b, h), shape = saved, saved[0].shape
+    if backend().lora_gradient_alone or x.shape == dy.shape:
+        x, dy = jax.lax.optimization_barrier((x, dy))
+    x, dy, h = (y.reshape(-1, y.shape[-1]) for y in (x, dy, h))
     dh = dy @ b.T
     dx = (dy @ w.T + dh @ a.T).reshape(shape)
     da = (dh.T @ x).T
-    db = (x @ a).T @ dy
+    db = h.T @ dy
     return dx, x.T @ dy, da, db  # the kernel's is dropped where only the adapter is trained
 
 

@@ -17,6 +17,7 @@ from flax import nnx
 
 from jgrpo.config import Config
 from jgrpo.losses import LOSSES
+from jgrpo.policy.attention import chosen
 from jgrpo.policy.batch import MicroBatch, Rows, completion_mask, micro_batches, with_signal
 from jgrpo.policy.lora import switched_off
 from jgrpo.update.step import Loss, Update, adam, learning_rate, loss_denominator
@@ -96,6 +97,7 @@ class Learner:
         )
         self.rate: Callable[[int], Any] = rate if callable(rate) else lambda _: rate
         optimizer = adam(rate)
+        head_width = nnx.merge(graph, adapter, base).config.head_width
         self.update = Update(
             graph,
             self.loss,
@@ -103,7 +105,7 @@ class Learner:
             temperature=config.temperature,
             checkpoint=config.gradient_checkpointing,
             entropy_gradient=config.entropy_coef > 0,
-            attn_implementation=config.attn_implementation,
+            attn_implementation=chosen(config.attn_implementation, config.dtype, head_width),
         )
         self.state = adapter, optimizer.init(adapter)
         self.skipped_in_a_row = 0

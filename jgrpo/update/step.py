@@ -16,6 +16,7 @@ import optax
 from flax import nnx
 
 from jgrpo.losses import Terms, k3
+from jgrpo.policy.backend import backend
 from jgrpo.policy.batch import MicroBatch
 from jgrpo.policy.logprobs import head_logprobs, hidden_states, token_logprobs
 from jgrpo.policy.tape import Tape
@@ -178,20 +179,22 @@ class Update:
         return tape
 
     def _blank_tape(self, adapter, base, stack: MicroBatch) -> Tape | None:
-        """Zeros; None where a program's memory stays the process's by itself: not on the CPU."""
+        """A tape to give to a program; None where it makes its own."""
         traced("tape", _words(stack))
-        if jax.default_backend() != "cpu":
-            return None
+        return self._zero_tape(adapter, base, stack) if backend().tape_outlives_programs else None
 
+    def _zero_tape(self, adapter, base, stack: MicroBatch) -> Tape:
         def written(adapter, base, batch):
             return hidden_states(nnx.merge(self.graph, adapter, base), batch, [], **self.of_layers)
 
         batch = jax.tree.map(lambda x: x[0], stack)
         _, shapes = jax.eval_shape(written, adapter, base, batch)
-        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        return jax.tree.map(lambda x: jax.lax.empty(x.shape, x.dtype), shapes)
 
     def _through_stack(self, total: Sums, tape, adapter, base, stack: MicroBatch, n, old, ref):
         traced("update", _words(stack))
+        own = tape is None
+        tape = self._zero_tape(adapter, base, stack) if own else tape
 
         def step(i, carry):
             total, tape, logprobs = carry
@@ -199,7 +202,9 @@ class Update:
             total, tape, new = self._micro_step(total, tape, adapter, base, batch, o, r)
             return total, tape, logprobs.at[i].set(new)
 
-        return jax.lax.fori_loop(0, n, step, (total, tape, jnp.zeros(stack.mask.shape)))
+        carry = total, tape, jnp.zeros(stack.mask.shape)
+        total, tape, logprobs = jax.lax.fori_loop(0, n, step, carry)
+        return total, None if own else tape, logprobs
 
     def _logprobs_of_stack(self, adapter, base, stack: MicroBatch, n):
         traced("logprobs", _words(stack))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jgrpo.policy.attention import attention, causal_mask
+from jgrpo.policy.attention import attention, causal_mask, chosen
 
 
 def test_attention_has_the_gradient_of_its_formula():
@@ -34,6 +34,15 @@ def test_attention_has_the_gradient_of_its_formula():
             assert found.dtype == dtype
             difference = np.linalg.norm(np.asarray(found, np.float64) - wanted)
             assert difference < error * np.linalg.norm(wanted)
+
+
+def test_auto_is_flash_attention_on_a_gpu_in_16_bits_alone(monkeypatch):
+    assert chosen("auto", "bfloat16", 128) == "xla"  # this is a CPU
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert chosen("auto", "bfloat16", 128) == "cudnn"
+    for dtype, head_width in (("float32", 128), ("bfloat16", 256), ("bfloat16", 12)):
+        assert chosen("auto", dtype, head_width) == "xla"
+    assert (chosen("xla", "bfloat16", 128), chosen("cudnn", "bfloat16", 256)) == ("xla", "cudnn")
 
 
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="flash attention needs a GPU")

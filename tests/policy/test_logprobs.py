@@ -14,6 +14,7 @@ from flax import nnx
 from peft import PeftModel
 
 import jgrpo
+from jgrpo.policy import backend
 from jgrpo.policy import logprobs as module
 from jgrpo.policy.adapter import adapter_arrays
 from jgrpo.policy.batch import MicroBatch, Rows
@@ -119,8 +120,13 @@ def value_and_gradient(graph, adapter, base, batch=BATCH):
 def whole(checkpoint):
     """Values and gradient where one chunk holds all tokens."""
     parts = adapted(checkpoint("qwen3-tied"), 2)
-    assert BATCH.rows.size * VOCAB < module.HEAD_CHUNK_FLOATS
+    assert BATCH.rows.size * VOCAB < backend.CPU.head_chunk_floats
     return parts, value_and_gradient(*parts)
+
+
+def in_chunks(monkeypatch, tokens: int) -> None:
+    small = backend.CPU._replace(head_chunk_floats=tokens * VOCAB)
+    monkeypatch.setattr(backend, "CPU", small)
 
 
 @pytest.mark.parametrize("chunks", [(8, 12), (40, 3), (100, 1)])
@@ -182,7 +188,7 @@ def torch_entropy_gradient(model, temperature: float, logprob_weight: float) -> 
 
 def test_the_gradient_of_the_entropies_equals_torch_and_peft(checkpoint, tmp_path, monkeypatch):
     # In chunks of 8 rows: 45 trained tokens need six of twelve.
-    monkeypatch.setattr(module, "HEAD_CHUNK_FLOATS", 8 * VOCAB)
+    in_chunks(monkeypatch, 8)
     folder = checkpoint("qwen3-tied")
     graph, adapter, base = adapted(folder, 2)
     jgrpo.save_adapter(merged(graph, adapter, base), tmp_path / "adapter")
@@ -260,7 +266,7 @@ def shapes_in(jaxpr) -> Iterator[tuple[int, ...]]:
 def test_the_logits_of_all_tokens_never_exist(checkpoint, monkeypatch, chunk_rows, all_at_once):
     # All rows' logits are 96 rows of V; the largest allowed is the head itself, D = 32 rows. The
     # second case shows that the search finds such an array where there is one.
-    monkeypatch.setattr(module, "HEAD_CHUNK_FLOATS", chunk_rows * VOCAB)
+    in_chunks(monkeypatch, chunk_rows)
     parts = adapted(checkpoint("qwen3-tied"), 1)
     program = jax.make_jaxpr(lambda a, b: value_and_gradient(parts[0], a, b))(*parts[1:])
     with_vocab = [np.prod(s) // VOCAB for s in shapes_in(program) if VOCAB in s]
@@ -276,7 +282,7 @@ def test_the_head_sees_trained_tokens_alone(checkpoint, monkeypatch):
         jax.debug.callback(lambda h: seen.append(np.asarray(h)), hidden)
         return logits(model, hidden)
 
-    monkeypatch.setattr(module, "HEAD_CHUNK_FLOATS", 8 * VOCAB)
+    in_chunks(monkeypatch, 8)
     monkeypatch.setattr(Decoder, "logits", spy)
     model = merged(*adapted(checkpoint("qwen3-tied"), 1))
     jax.block_until_ready(jax.jit(token_logprobs)(model, BATCH))
