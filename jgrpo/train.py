@@ -220,8 +220,11 @@ def dry_run(config: Config) -> None:
     load_functions(config.reward_function, columns_of(problems.train))
     policy = open_policy(config, abstract=True)
     lengths = [len(problem.prompt_ids) for problem in problems.train]
-    table = memory.training_memory(config, policy, lengths).table(memory.free_memory())
-    for line in (*problems.report, *without_effect(config), table):
+    free = memory.free_memory()
+    told = [memory.training_memory(config, policy, lengths).table(free)]
+    if config.rollout == "jax":
+        told.append(memory.of_sampling(config, policy, free))
+    for line in (*problems.report, *without_effect(config), *told):
         print(printable(line))
 
 

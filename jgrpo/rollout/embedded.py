@@ -20,7 +20,9 @@ from jax.tree_util import Partial
 
 from jgrpo.policy import adapter as adapters
 from jgrpo.policy.attention import MASKED, attention, causal_mask
+from jgrpo.policy.backend import backend
 from jgrpo.policy.batch import bucket
+from jgrpo.policy.model import ModelConfig
 from jgrpo.policy.tracing import traced
 from jgrpo.rollout.protocol import Completion, Progress
 
@@ -52,6 +54,27 @@ class Decoding(NamedTuple):
     keys: jax.Array
     """[L, P, G, U, K, C]"""
     values: jax.Array
+
+
+def rows_that_fit(
+    model: ModelConfig,
+    dtype: str,
+    free: int,
+    *,
+    n_rows: int,
+    group_size: int,
+    longest: int,
+    max_tokens: int,
+) -> int:
+    """Of n_rows completions those that are decoded at once: all, or a half, a quarter, ... of them
+    (each number is a compilation), so that what is cached of them, of the stage before and of their
+    prompts of at most `longest` tokens, and their logits, fits into `free` bytes."""
+    a_token = 2 * model.n_layers * model.n_kv_heads * model.head_width * jnp.dtype(dtype).itemsize
+    cached = max_tokens + min(max_tokens, max(FIRST_STAGE, max_tokens / 2)) + longest / group_size
+    a_row = a_token * cached + 4 * 4 * model.vocab_size
+    while n_rows > group_size and n_rows * a_row > free:
+        n_rows = max(group_size, n_rows // 2)
+    return n_rows
 
 
 class JaxSampler:
@@ -202,7 +225,9 @@ def _prefill(graph, adapter, base, ids, lengths) -> tuple[jax.Array, Prefix]:
     return model.logits(last), Prefix(keys, values, lengths)
 
 
-def _first_tokens(stops, logits, prefix, keys, real, temperature, top_p, *, group_size, greedy):
+def _first_tokens(
+    stops, logits, prefix, keys, real, temperature, top_p=None, *, group_size, greedy
+):
     """The state after the first token of every row; rows that only fill up are done already."""
     layers, p, _, kv_heads, c = prefix.keys.shape
     traced("first tokens", f"rows {p} x {group_size}")
@@ -221,7 +246,7 @@ def _first_tokens(stops, logits, prefix, keys, real, temperature, top_p, *, grou
 
 
 def _decode(
-    graph, stops, adapter, base, prefix, keys, temperature, top_p, *, state, capacity, greedy
+    graph, stops, adapter, base, prefix, keys, temperature, top_p=None, *, state, capacity, greedy
 ):
     """Decode until `capacity` tokens or until every row is done."""
     traced("decode", "rows {} x {}, up to {capacity}".format(*keys.shape, capacity=capacity))
@@ -268,7 +293,7 @@ def _attend_cached(prompt_lengths, n_cached, q, k, v, cache: Any):
     q = q.reshape(p, g, k.shape[2], -1, c)
     f32 = {"preferred_element_type": jnp.float32}
     on_prompt = jnp.einsum("pgkhc,pskc->pgkhs", q, prompt_k, **f32)
-    on_row = jnp.einsum("pgkhc,pgukc->pgkhu", q, row_k, **f32)
+    on_row = _scores(q, row_k)
     on_self = jnp.einsum("pgkhc,pgkc->pgkh", q, k, **f32)[..., None]
     s, u = prompt_k.shape[1], row_k.shape[2]
     in_prompt = (jnp.arange(s) < prompt_lengths[:, None])[:, None, None, None]
@@ -278,5 +303,22 @@ def _attend_cached(prompt_lengths, n_cached, q, k, v, cache: Any):
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     w_prompt, w_row, w_self = jnp.split(weights, (s, s + u), axis=-1)
     out = jnp.einsum("pgkhs,pskc->pgkhc", w_prompt, prompt_v)
-    out += jnp.einsum("pgkhu,pgukc->pgkhc", w_row, row_v) + w_self * v[:, :, :, None]
+    out += _weighed(w_row, row_v) + w_self * v[:, :, :, None]
     return out.reshape(p, g, h, c), (k, v)
+
+
+def _scores(q, row_k):
+    """q [P, G, K, H / K, C] on the row's keys [P, G, U, K, C], float32 [P, G, K, H / K, U]."""
+    if backend().cache_by_products:
+        return jnp.einsum("pgkhc,pgukc->pgkhu", q, row_k, preferred_element_type=jnp.float32)
+    q, row_k = q[:, :, None].astype(jnp.float32), row_k[:, :, :, :, None].astype(jnp.float32)
+    scores = jax.lax.optimization_barrier((q * row_k).sum(axis=-1))  # else the cache is transposed
+    return scores.transpose(0, 1, 3, 4, 2)
+
+
+def _weighed(weights, row_v):
+    """The sums of the row's values by weights [P, G, K, H / K, U]."""
+    if backend().cache_by_products:
+        return jnp.einsum("pgkhu,pgukc->pgkhc", weights, row_v)
+    by_token = weights.transpose(0, 1, 4, 2, 3)[..., None].astype(jnp.float32)
+    return (by_token * row_v[:, :, :, :, None]).sum(axis=2).astype(row_v.dtype)

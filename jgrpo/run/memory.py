@@ -1,10 +1,8 @@
 """What training will take of the device's memory, before anything is loaded or sampled: the largest
 micro-batch is compiled, and the compiler says what it needs."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,7 +12,8 @@ from jax.errors import JaxRuntimeError
 
 from jgrpo.config import Config
 from jgrpo.policy.batch import MicroBatch, Rows, micro_batches
-from jgrpo.run.session import Policy
+from jgrpo.run.device import free_memory
+from jgrpo.run.session import Policy, sampled_at_once
 from jgrpo.update.learner import Learner
 
 KNOBS = (
@@ -93,6 +92,13 @@ def training_memory(config: Config, policy: Policy, prompt_lengths: Sequence[int
     )
 
 
+def of_sampling(config: Config, policy: Policy, free: int | None) -> str:
+    """How the embedded sampler will use `free` bytes, into which the weights are still to go."""
+    left = None if free is None else free - _size(policy.base)
+    n, m = sampled_at_once(config, policy, left), config.n_completions_per_step
+    return f"the embedded sampler decodes {n} of {m} completions at once"
+
+
 def is_small(policy: Policy) -> bool:
     """Does the model take so little of the free memory that its training need not be tried?"""
     free = free_memory()
@@ -101,19 +107,6 @@ def is_small(policy: Policy) -> bool:
 
 def _size(tree) -> int:
     return sum(x.size * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
-
-
-def free_memory() -> int | None:
-    """Bytes free on the first device (on the CPU: what the system could give), if it says so."""
-    stats = jax.devices()[0].memory_stats()
-    if stats and "bytes_limit" in stats:
-        return int(stats["bytes_limit"] - stats["bytes_in_use"])
-    try:
-        meminfo = Path("/proc/meminfo").read_text()
-    except OSError:
-        return None
-    available = re.search(r"MemAvailable:\s+(\d+) kB", meminfo)
-    return int(available[1]) * 1024 if available and jax.default_backend() == "cpu" else None
 
 
 def ran_out(error: BaseException) -> bool:

@@ -37,9 +37,10 @@ from jgrpo.prompts.tokenizer import (
     stop_token_ids,
     told_of_stops,
 )
-from jgrpo.rollout.embedded import JaxSampler
+from jgrpo.rollout.embedded import JaxSampler, rows_that_fit
 from jgrpo.rollout.protocol import Completion, Sampler
 from jgrpo.rollout.vllm import VllmSampler
+from jgrpo.run.device import free_memory
 from jgrpo.run.difficulty import of_this_difficulty
 from jgrpo.run.rundir import last_adapter, run_of_adapter
 from jgrpo.run.scoring import Scorers, open_scorers
@@ -238,6 +239,18 @@ def open_policy(config: Config, *, abstract: bool = False) -> Policy:
     return policy if start is None else replace(policy, adapter=start)
 
 
+def sampled_at_once(config: Config, policy: Policy, free: int | None) -> int:
+    """How many completions the embedded sampler decodes at once, of `free` bytes."""
+    c = config
+    if free is None:
+        return c.n_completions_per_step
+    return rows_that_fit(
+        nnx.merge(policy.graph, policy.adapter, policy.base).config, c.dtype, free,
+        n_rows=c.n_completions_per_step, group_size=c.group_size, longest=c.max_prompt_tokens,
+        max_tokens=c.max_tokens,
+    )  # fmt: skip
+
+
 def open_sampler(
     config: Config, policy: Policy, stops: Sequence[int], run_id: str, *, alone: bool = True
 ) -> Sampler:
@@ -250,7 +263,7 @@ def open_sampler(
             policy.base,
             stop_token_ids=stops,
             max_tokens=config.max_tokens,
-            max_rows=config.n_completions_per_step,
+            max_rows=sampled_at_once(config, policy, free_memory()),
         )
     flags = {"model_id": config.model_id, "lora_r": config.lora_r, "dtype": config.dtype,
              "max_prompt_tokens": config.max_prompt_tokens, "max_tokens": config.max_tokens,

@@ -24,7 +24,7 @@ from jgrpo.policy.adapter import adapter_arrays
 from jgrpo.run import memory as memory_module
 from jgrpo.run.memory import free_memory, largest_micro_batch, ran_out, training_memory
 from jgrpo.run.rundir import read_metrics
-from jgrpo.run.session import open_policy
+from jgrpo.run.session import open_policy, sampled_at_once
 from jgrpo.train import train
 from jgrpo.update.step import Update
 
@@ -84,6 +84,7 @@ def test_a_dry_run_reads_no_weights_and_leaves_nothing(root, tmp_path):
     done = dry_run(write_config_file(tmp_path / "c.py", config))
     assert done.returncode == 0, done.stderr
     assert re.search(r"training phase at its peak +0\.\d{3} GiB", done.stdout)
+    assert "the embedded sampler decodes 32 of 32 completions at once" in done.stdout
     assert not (tmp_path / "runs").exists()
 
 
@@ -102,6 +103,19 @@ def test_what_does_not_fit_is_said_with_the_knobs(root):
     text = memory.table(memory.total - 1)
     assert "This does not fit: a smaller --micro_batch_size or --gradient_checkpointing" in text
     assert "free now" not in memory.table(None)
+
+
+def test_the_sampler_decodes_as_many_rows_as_fit(root):
+    # Two layers with one head of 32 for keys and one for values: 512 bytes a token. Of 6 completion
+    # tokens, 6 more in a stage before and 18 / 8 of the prompt; and four rows of logits.
+    config = tiny_config(root)  # 4 x 8 completions
+    policy = open_policy(config, abstract=True)
+    n_vocab = policy.base["lm_head"]["kernel"].shape[-1]
+    a_row = 512 * (6 + 6 + 18 / 8) + 16 * n_vocab
+    for free, n in (
+        (None, 32), (32 * a_row, 32), (32 * a_row - 1, 16), (8 * a_row, 8), (0, 8), (-5, 8),
+    ):  # fmt: skip
+        assert sampled_at_once(config, policy, free) == n
 
 
 def test_free_memory_is_less_than_the_machine_s():
