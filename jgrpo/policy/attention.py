@@ -28,22 +28,15 @@ def causal_mask(segments: jax.Array) -> jax.Array:
     return (segments[:, :, None] == segments[:, None, :]) & causal
 
 
-def as_bias(mask: jax.Array) -> jax.Array:
-    """bool -> bfloat16, 0 where it is true."""
-    return jnp.where(mask, 0, MASKED).astype(jnp.bfloat16)
-
-
 def attention(
     q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, implementation: str = "xla"
 ) -> jax.Array:
     """Grouped-query attention: q [N, T, H, C], k and v [N, S, K, C], mask [N, T, S].
 
-    `implementation` "cudnn" is flash attention (Dao et al. 2022): on a GPU, in 16 bits. It adds the
-    mask to the scores, and takes it as `as_bias` makes it, so that not every layer need do that.
+    `implementation` "cudnn" is flash attention (Dao et al. 2022): on a GPU, in 16 bits.
     """
     if implementation == "cudnn":
-        bias = as_bias(mask) if mask.dtype == bool else mask
-        return jax.nn.dot_product_attention(q, k, v, bias[:, None], implementation="cudnn")
+        return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation="cudnn")
     (n, t, h, c), n_kv = q.shape, k.shape[2]
     q = q.reshape(n, t, n_kv, -1, c).transpose(0, 2, 3, 1, 4)  # [N, K, G, T, C]
     out = _softmax_attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask[:, None, None])

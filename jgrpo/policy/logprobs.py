@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from jgrpo.policy.attention import Attend, as_bias, attention, causal_mask
+from jgrpo.policy.attention import Attend, attention, causal_mask
 from jgrpo.policy.backend import backend
 from jgrpo.policy.batch import MicroBatch
 from jgrpo.policy.model import Decoder, positions_in
@@ -181,8 +181,6 @@ def _shared_prompts(batch: MicroBatch, implementation: str) -> Attend:
     among_rows = jnp.concatenate([in_prompt, causal_mask(jnp.asarray(batch.segments))], axis=2)
 
     in_blocks = [among_rows[:, a:b, : s + b] for a, b in _blocks(u, implementation)]
-    if implementation == "cudnn":
-        among_prompts, *in_blocks = map(as_bias, (among_prompts, *in_blocks))
     arrays = batch, _token_in_slot(batch), among_prompts, in_blocks
     return Partial(_ATTEND[implementation], *arrays)
 

@@ -59,7 +59,7 @@ def _adapted_forward(x, w, a, b):
 
 def _adapted_backward(saved, dy):
     (x, w, a, b, h), shape = saved, saved[0].shape
-    if backend().lora_gradient_alone or x.shape == dy.shape:
+    if backend().lora_gradient_alone == "all" or x.shape == dy.shape:
         x, dy = jax.lax.optimization_barrier((x, dy))
     x, dy, h = (y.reshape(-1, y.shape[-1]) for y in (x, dy, h))
     dh = dy @ b.T

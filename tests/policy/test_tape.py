@@ -87,6 +87,20 @@ def test_updates_write_into_the_same_memory(parts, rows):
     assert places([wider(batch)]) == other
 
 
+def test_programs_for_a_gpu_give_the_same_gradient(parts, rows, monkeypatch):
+    """They make their own tape, in a loop over several micro-batches, and nothing outlives them."""
+    graph, adapter, base = parts
+    batches = [in_one_batch(rows)] * 2
+    expected = update_of(graph).gradient(adapter, base, batches, 5.0)
+    jax.clear_caches()  # of layers as they are for a CPU
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    update = update_of(graph)
+    got = update.gradient(adapter, base, batches, 5.0)
+    assert update._tape is None
+    for e, g in zip(*map(jax.tree.leaves, (expected, got)), strict=True):
+        np.testing.assert_allclose(g, e, atol=2e-5 * float(jnp.abs(e).max()))
+
+
 def test_the_memory_goes_with_the_update(parts, rows):
     graph, adapter, base = parts
     update = update_of(graph)

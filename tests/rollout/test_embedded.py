@@ -1,6 +1,7 @@
 """The embedded sampler: it follows the policy, says so truthfully, and stops where it should."""
 
 from functools import partial
+from itertools import chain
 
 import jax
 import numpy as np
@@ -108,6 +109,17 @@ def test_max_tokens_cuts_the_same_completions(sampler, max_tokens):
             assert s.token_ids == c.token_ids[:max_tokens]
             ended = s.token_ids[-1] in STOPS
             assert s.finish_reason == ("stop" if ended else "length")
+
+
+def test_a_cache_that_is_read_by_sums_gives_the_same(parts, sampler, monkeypatch):
+    expected = sampler.sample(PROMPTS, seeds=SEEDS, group_size=4)
+    jax.clear_caches()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    on_gpu = JaxSampler(*parts, stop_token_ids=STOPS, max_tokens=70, max_rows=64)
+    got = on_gpu.sample(PROMPTS, seeds=SEEDS, group_size=4)
+    assert ids_of(got) == ids_of(expected)
+    for a, b in zip(chain(*got), chain(*expected), strict=True):
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
 
 
 def ids_of(groups) -> list[list[list[int]]]:
