@@ -312,8 +312,7 @@ def _scores(q, row_k):
     if backend().cache_by_products:
         return jnp.einsum("pgkhc,pgukc->pgkhu", q, row_k, preferred_element_type=jnp.float32)
     q, row_k = q[:, :, None].astype(jnp.float32), row_k[:, :, :, :, None].astype(jnp.float32)
-    scores = jax.lax.optimization_barrier((q * row_k).sum(axis=-1))  # else the cache is transposed
-    return scores.transpose(0, 1, 3, 4, 2)
+    return (q * row_k).sum(axis=-1).transpose(0, 1, 3, 4, 2)
 
 
 def _weighed(weights, row_v):
