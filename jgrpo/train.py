@@ -30,6 +30,7 @@ from jgrpo.policy import adapter as adapters
 from jgrpo.rewards import load_functions
 from jgrpo.rollout import Sampler
 from jgrpo.run import memory
+from jgrpo.run.alike import Alike
 from jgrpo.run.collect import Collector
 from jgrpo.run.difficulty import of_this_difficulty
 from jgrpo.run.evaluation import evaluate
@@ -82,6 +83,8 @@ class Loop:
         log.log(step, metrics | {"time/step": time.perf_counter() - start_s}, lines)
         self.record.keep(step, self.learner.state)
         self.check_updates(step, metrics)
+        if message := self.alike.after(step, metrics):
+            log.info(message, style="yellow")
 
     def run(self) -> None:
         """All steps that are left, each with what is due after it."""
@@ -98,6 +101,7 @@ class Loop:
         """Everything before the next step: self-tests, the probe, the adapter, its evaluation (if
         the run was not stopped after it), the first checkpoint."""
         session, first, run_dir = self.session, self.record.first, self.record.run_dir
+        self.alike = Alike(session.config, str(run_dir))
         self.collector = Collector(
             session.config, session.problems, self.sampler, session.grader, session.scorers
         )

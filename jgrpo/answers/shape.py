@@ -20,7 +20,7 @@ def parts(s: str) -> tuple[str, list[str]]:
     if s.startswith(r"\{") and s.endswith(r"\}") and closing(s) == len(s) - 1:
         inside = split(s[2:-2], ",")
         return parts(inside[0]) if len(inside) == 1 and inside[0] else ("set", inside)
-    if s[0] in "([" and closing(s) == len(s) - 1:
+    if s[:1] in ("(", "[") and closing(s) == len(s) - 1:
         inside = split(s[1:-1], ",")
         if len(inside) > 1:
             return s[0] + s[-1], inside

@@ -20,7 +20,8 @@ ANSWER_COLUMNS = (
     "solution",
 )  # fmt: skip
 """In the order in which they are tried; the first that holds an answer is taken. A `solution` is
-worked out: the answer is in its last \\boxed{}."""
+worked out: the answer is in its last \\boxed{}, unless it is the answer alone."""
+MAX_BARE_CHARS = 60
 THOUSANDS = re.compile(r"[-+]?\$?\d{1,3}(,\d{3})+(\.\d+)?")
 
 Messages = tuple[Mapping[str, str], ...]
@@ -41,7 +42,8 @@ def read_columns(
     """The problem and its gold answer. Raises ValueError with the reason if there is none.
 
     The answer in a text: what follows the last `####` (thousands commas are dropped), else the last
-    \\boxed{}, else the whole if it is one line (a `solution` must have one of the first two).
+    \\boxed{}, else the whole if it is one line (a `solution` must have one of the first
+    two, or be one formula without words).
     """
     problem, messages = _problem(fields, problem_column)
     gold = _gold(fields, answer_column, messages)
@@ -139,12 +141,18 @@ def _listed(text: str) -> list[str] | None:
     return items if items and all(isinstance(item, str) for item in items) else None
 
 
+def _is_bare(solution: str) -> bool:
+    """Is a solution nothing but its answer, as DAPO's `34` is: one formula, without words?"""
+    words = re.search(r"[A-Za-z]{2}|[=\n]", re.sub(r"\\[A-Za-z]+", "", solution))
+    return not words and len(solution) <= MAX_BARE_CHARS
+
+
 def _answer(answer: str, *, is_worked_out: bool) -> str:
     _, mark, final = answer.rpartition("####")
     final = final.strip()
     if mark:
         return final.replace(",", "") if THOUSANDS.fullmatch(final) else final
     boxed = last_boxed(answer)
-    if boxed is not None or is_worked_out:
+    if boxed is not None or (is_worked_out and not _is_bare(final)):
         return boxed or ""
     return "" if "\n" in final else final

@@ -117,10 +117,12 @@ def open_session(config: Config, stack: ExitStack) -> Session:
 
 def configure_jax() -> None:
     """Keep compiled programs on disk (JAX_COMPILATION_CACHE_DIR, else ~/.cache/jgrpo/xla); let
-    float32 products be float32 on a GPU too (JAX's default there is TF32; bfloat16 is as it was);
-    and let Python's collector run less often, in the whole process.
+    float32 products be float32 on a GPU too (JAX's default there is TF32; bfloat16 is as it was)
+    and float32 alone, whatever JAX_ENABLE_X64 says; and let Python's collector run less often, in
+    the whole process. InputError if JAX cannot open the device that it is told to.
     """
     jax.config.update("jax_default_matmul_precision", "highest")
+    jax.config.update("jax_enable_x64", False)
     caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     if caches.startswith("~"):  # nobody's home, as in a container with a user id of its own
         caches = os.path.join(tempfile.gettempdir(), f"cache-{os.getuid()}")
@@ -129,6 +131,21 @@ def configure_jax() -> None:
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
     gc.set_threshold(50_000)  # at 700, a tenth of the time that JAX traces is the collector's
+    open_device()
+
+
+def open_device() -> None:
+    """InputError if there is no device as JAX_PLATFORMS names it."""
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter: an NVIDIA plugin without a GPU
+        wanted = jax.config.jax_platforms or ""  # type: ignore[attr-defined]
+        reason = f"{type(error).__name__}: {str(error).strip().split(chr(10))[0]}"
+        raise InputError(
+            f"JAX_PLATFORMS={wanted}: JAX finds no such device ({reason}); "
+            "unset it to take what there is, or JAX_PLATFORMS=cpu; a GPU needs jax[cuda13] and "
+            "its driver"
+        ) from error
 
 
 def open_problems(config: Config) -> Problems:

@@ -24,6 +24,10 @@ USER = {"role": "user", "content": "1+1?"}
         ({"problem": "p", "solution": None, "answer": 7}, "7"),
         ({"problem": "p", "solution": r"So \boxed{7}.", "answer": ""}, "7"),
         ({"prompt": "p", "answer": "7"}, "7"),
+        ({"prompt": "p", "solution": "34"}, "34"),  # DAPO, as a reader of its rows writes them
+        ({"prompt": [USER], "solution": 34}, "34"),
+        ({"prompt": "p", "solution": r"-\frac{1}{2}"}, r"-\frac{1}{2}"),
+        ({"prompt": "p", "solution": "$1,000$"}, "$1,000$"),
         ({"question": "q", "answer": 0.00001}, "0.00001"),
         ({"question": "q", "answer": 1e16}, "10000000000000000"),
         ({"question": "q", "answer": 2.5e-7}, "0.00000025"),
@@ -39,6 +43,12 @@ USER = {"role": "user", "content": "1+1?"}
 )
 def test_the_answer_of_each_kind_of_row(fields, gold):
     assert read_columns(fields).gold == gold
+
+
+@pytest.mark.parametrize("solution", ["So it is 5.", "2+3=5", "2+3\n5", "x" + "+1" * 40, " "])
+def test_a_solution_in_words_or_steps_needs_a_box(solution):
+    with pytest.raises(ValueError, match=r"no \\boxed\{\} with something in it"):
+        read_columns({"prompt": "p", "solution": solution})
 
 
 def test_a_conversation_keeps_its_turns_up_to_the_last_of_the_user():

@@ -130,6 +130,8 @@ def test_the_default_template_is_found_from_anywhere(tmp_path, monkeypatch):
     assert r"\boxed{}" in template
     (tmp_path / "boxed.prompt").write_text("mine: {problem}\n")
     assert load_template("boxed.prompt") == "mine: {problem}"
+    (tmp_path / "bom.prompt").write_text("\ufeff{problem}\nThink.", "utf-8")
+    assert load_template("bom.prompt") == "{problem}\nThink."  # Windows writes the mark
     (tmp_path / "bad.prompt").write_text("{ problem }")
     with pytest.raises(InputError, match=r"bad.prompt: must contain \{problem\}"):
         load_template("bad.prompt")

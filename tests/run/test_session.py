@@ -1,12 +1,19 @@
 """jgrpo.run.session: what a run is made from, as its fingerprint knows it."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+import pytest
 
 from jgrpo.prompts.problems import Problem
 from jgrpo.run.session import Problems
 
+ROOT = Path(__file__).parents[2]
 TOKENIZER: Any = SimpleNamespace()
 
 
@@ -28,3 +35,17 @@ def test_a_fingerprint_is_of_problems_answers_and_templates_and_not_of_the_day()
         replace(problems(one), stop_token_ids=(7, 8)),
     ]
     assert known not in {other.fingerprint for other in others}
+
+
+@pytest.mark.parametrize("platform", ["nonsense", "rocm"])
+def test_a_device_that_is_not_there_is_told_before_anything_is_read(platform, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "jgrpo.train", "--model_id", str(tmp_path / "nothing")],
+        env=os.environ | {"JAX_PLATFORMS": platform, "PYTHONPATH": str(ROOT)},
+        cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert f"error: JAX_PLATFORMS={platform}: JAX finds no such device" in done.stderr
+    assert "or JAX_PLATFORMS=cpu" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "nothing" not in done.stderr
