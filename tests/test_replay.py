@@ -3,9 +3,19 @@
 import json
 import shutil
 import sys
+from dataclasses import replace
 
+import jax
+import numpy as np
 import pytest
-from tiny_run import tiny_config, write_base, write_problems
+from tiny_run import (
+    comparable,
+    final_adapter,
+    same_bits,
+    tiny_config,
+    write_base,
+    write_problems,
+)
 
 from jgrpo import replay as module
 from jgrpo.errors import InputError
@@ -43,6 +53,22 @@ def test_several_updates_a_rollout_need_the_checkpoint_before_them(root):
     assert all(logged == now for logged, now in replay(run, 3).values())
     with pytest.raises(InputError, match="--step can be 3"):
         replay(run, 4)
+
+
+def test_several_updates_an_epoch_come_out_to_the_bit_and_a_resume_goes_on_with_them(root):
+    """Two parts of a rollout, each an update: the parts are dealt alike in the run, in the run that
+    was stopped after step 2, and in the replay. JAX_ENABLE_X64 changes none of it."""
+    config = tiny_config(root, eval_every=0, updates_per_epoch=2, use_clip=True)
+    whole, stopped = train(config), train(replace(config, n_grpo_steps=2))
+    jax.config.update("jax_enable_x64", True)  # what the environment variable does
+    try:
+        train(config, resume=stopped)
+        assert all(logged == now for logged, now in replay(stopped, 3).values())
+    finally:
+        jax.config.update("jax_enable_x64", False)
+    assert same_bits(final_adapter(stopped), final_adapter(whole))
+    assert comparable(read_metrics(stopped)) == comparable(read_metrics(whole))
+    assert {x.dtype for x in final_adapter(stopped).values()} == {np.dtype("float32")}
 
 
 @pytest.mark.parametrize("field", ["advantage", "token_ids"])

@@ -1,0 +1,60 @@
+"""What other tools and careless data bring, through a whole run: verl's parquet as it is, and golds
+that no completion can meet."""
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from tiny_run import SUMS, read_lines, tiny_config, write_base, write_problems
+
+from jgrpo.run.rundir import read_metrics
+from jgrpo.train import train
+
+pytestmark = pytest.mark.usefixtures("shared_compilation_cache")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("real")
+    write_base(folder / "base")
+    write_problems(folder, answer="9")  # which the base never writes
+    return folder
+
+
+def test_a_verl_file_trains_as_it_is(root):
+    rows = [
+        {
+            "data_source": "sums",
+            "prompt": [{"role": "user", "content": f"What is {a} + {b}?\n"}],
+            "ability": "math",
+            "reward_model": {"style": "rule", "ground_truth": str(a + b)},
+            "extra_info": {"split": "train", "index": i},
+        }
+        for i, (a, b) in enumerate(SUMS)
+    ]
+    file = root / "train.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+    run = train(
+        tiny_config(
+            root,
+            dataset_path=str(file),
+            eval_dataset_path="",
+            n_grpo_steps=2,
+            max_prompt_tokens=20,
+            n_eval_prompts=4,
+        )
+    )
+    steps = [row for row in read_metrics(run) if "train/loss" in row]
+    assert len(steps) == 2
+    assert 0 < max(row["train/accuracy"] for row in steps) < 1
+    assert max(row["train/grad_norm"] for row in steps) > 0
+    golds = {row["problem"]: row["gold"] for row in read_lines(run / "rollouts/step_000002.jsonl")}
+    assert all(eval(problem[8:-1]) == int(gold) for problem, gold in golds.items())
+
+
+def test_a_run_whose_rewards_are_all_alike_says_what_to_look_at(root, capsys):
+    run = train(tiny_config(root, n_grpo_steps=4, eval_every=0))
+    assert all(row["train/zero_advantage_fraction"] == 1 for row in read_metrics(run))
+    told = " ".join(capsys.readouterr().out.split())
+    assert told.count("all completions of a problem got the same reward (mean 0)") == 1
+    assert "step 3: in the last 3 steps" in told
+    assert "look at the gold answers" in told
