@@ -7,15 +7,12 @@ variance of its input, and norm weights, biases and B are far from 1, 0 and 0.
 
 import os
 import signal
-from importlib.metadata import version
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # an accelerator's float32 matmul is not float32
 # Most of a tiny model's time is compilation, most of that LLVM's: without its optimizations, half.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    # Another third less; newer ones do not know the flag any more, and end at an unknown one.
-    + " --xla_cpu_use_fusion_emitters=false" * version("jaxlib").startswith("0.10.")
 )
 if (shared := os.environ.get("JAX_COMPILATION_CACHE_DIR")) and (
     worker := os.environ.get("PYTEST_XDIST_WORKER")

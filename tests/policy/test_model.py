@@ -236,6 +236,7 @@ def test_a_layer_keeps_what_matmuls_gave_and_its_weights_once():
         (5, kv, heads // kv, 23),
         (5, kv, heads // kv, 23, width),
         (5, 23, 77), (5, 23, 77),
+        *[(5, 23, 1)] * 7,  # x A of each projection: a number a token and rank
     ])  # fmt: skip
 
 
