@@ -51,7 +51,8 @@ FLOORS = [
 FLOOR_OF = {room: i for i, rooms in enumerate(FLOORS, 1) for room in rooms}
 FOLDERS = {file.parent.name for file in FILES} - {"jgrpo"}
 PURE = ("advantages", "losses", "estimators", "answers.latex", "answers.algebra", "answers.equal",
-        "answers.box", "answers.units", "answers.interval", "answers.characters", "answers.choice",
+        "answers.box", "answers.rewrite", "answers.units", "answers.interval", "answers.characters",
+        "answers.choice",
         "answers.dress", "answers.names", "answers.scalar", "answers.shape",
         "policy.backend", "policy.remat", "policy.rope", "policy.tape", "policy.lora",
         "policy.batch",

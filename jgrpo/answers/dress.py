@@ -3,6 +3,8 @@ words "the answer is". Text that is left stands in quotes: it may be a unit."""
 
 import re
 
+from jgrpo.answers.rewrite import rewritten, rules
+
 _SPACES = re.compile(r"(?: |~|\\[,;:> ]|\\q?quad(?![A-Za-z])|\\[hv]space\*? ?\{[^{}]*\})+")
 _NAMES = {
     "no argument": """bf rm it sf tt em bfseries itshape rmfamily sffamily ttfamily upshape mdseries
@@ -32,15 +34,12 @@ _COMMAND = re.compile(
 )  # fmt: skip
 _WORDS = re.compile(r"(?=.*[A-Za-z])(?:[A-Za-z\s.,;:'!?/()\[\]-]|\^\{?-?[0-9]\}?)*")
 _LETTERS = re.compile(r"[A-Za-z\s.]+")
-_MARKS = tuple(
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        (r"</?(?:b|i|u|em|strong|code|mark)>", ""),
-        (r"\\\*\\\*", "**"),
-        (r"(?<![0-9A-Za-z)}*])\*\*((?:(?!\*\*).)+)\*\*", r"\1"),
-        (r"(?<=[0-9A-Za-z)}])\*\*(-?[0-9]+|[A-Za-z])", r"^{\1}"),  # 2**3 is a power
-        (r"^(__|==|``|[*_`'])((?:(?!\1).)+)\1$", r"\2"),
-    )
+_MARKS = rules(
+    (r"</?(?:b|i|u|em|strong|code|mark)>", ""),
+    (r"\\\*\\\*", "**"),
+    (r"(?<![0-9A-Za-z)}*])\*\*((?:(?!\*\*).)+)\*\*", r"\1"),
+    (r"(?<=[0-9A-Za-z)}])\*\*(-?[0-9]+|[A-Za-z])", r"^{\1}"),  # 2**3 is a power
+    (r"^(__|==|``|[*_`'])((?:(?!\1).)+)\1$", r"\2"),
 )
 _SAYS = re.compile(
     r'^(?:"? ?(?:the |my |final |correct )*answer(?: is)?(?:" ?| ?: ?"?|(?<=is) )[: ]*'
@@ -67,9 +66,7 @@ def undressed(text: str) -> str:
         if re.search(r"\\[A-Za-z]+$", inside) and after[:1].isalpha():
             inside += " "
         text = before + inside + after
-    for pattern, replacement in _MARKS:
-        text = pattern.sub(replacement, text)
-    return text
+    return rewritten(text, _MARKS)
 
 
 def bare(text: str) -> str:

@@ -154,15 +154,16 @@ def _same(a: str, b: str, leaf: _Leaf) -> bool | None:
         )
         if value_a.startswith("\\{") or value_b.startswith("\\{"):
             return _same_parts(value_a, value_b, leaf)
-    if len(elements_a) == len(elements_b) and not _same_names(elements_a, elements_b):
+    named_a, named_b = ([named(e) for e in es] for es in (elements_a, elements_b))
+    names_a, names_b = ({name for name, _ in es} - {""} for es in (named_a, named_b))
+    if len(named_a) == len(named_b) and not _same_names(names_a, names_b):
         return False
-    if point := _same_point(elements_a, elements_b):
+    if point := _same_point(named_a, named_b):
         return _all(_same(x, y, leaf) for x, y in point)
-    names = [{named(e)[0] for e in es} - {""} for es in (elements_a, elements_b)]
-    if names[0] and names[1] and names[0] != names[1]:
-        if len(elements_a) != len(elements_b):
+    if names_a and names_b and names_a != names_b:
+        if len(named_a) != len(named_b):
             return False
-        a, b = (",".join(named(e)[1] for e in es) for es in (elements_a, elements_b))
+        a, b = (",".join(value for _, value in es) for es in (named_a, named_b))
     return _same_parts(a, b, leaf)
 
 
@@ -198,9 +199,8 @@ def _same_parts(a: str, b: str, leaf: _Leaf) -> bool | None:
     return _all(_same(x, y, leaf) for x, y in zip(parts_a, parts_b, strict=True))
 
 
-def _same_names(a: Sequence[str], b: Sequence[str]) -> bool:
+def _same_names(names_a: set[str], names_b: set[str]) -> bool:
     """Whether two lists may name the same values; x_1 and x_2 are two values of x."""
-    names_a, names_b = ({named(e)[0] for e in es} - {""} for es in (a, b))
     if names_a != names_b:
         names_a, names_b = (
             {re.sub(r"_(?:\{[^{}]*\}|.)$", "", n) for n in ns} for ns in (names_a, names_b)
@@ -208,13 +208,14 @@ def _same_names(a: Sequence[str], b: Sequence[str]) -> bool:
     return len(names_a | names_b) < 2 or names_a == names_b
 
 
-def _same_point(a: Sequence[str], b: Sequence[str]) -> list[tuple[str, str]]:
-    """`x=1,y=2` beside `(1,2)`: what to compare with what; nothing if they are not these."""
+def _same_point(a: list[tuple[str, str]], b: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """`x=1,y=2` beside `(1,2)`, each element with its name: what to compare with what; nothing if
+    they are not these."""
     for these, those in ((a, b), (b, a)):
-        values = values_in_order([named(e) for e in these])
-        name, value = named(those[0])
+        values = values_in_order(these)
+        name, value = those[0]
         kind, coordinates = parts(value) if len(those) == 1 else ("", [])
-        if name and re.sub("[(),]", "", name) != "".join(named(e)[0] for e in these):
+        if name and re.sub("[(),]", "", name) != "".join(each for each, _ in these):
             continue
         if values and kind == "()" and len(coordinates) == len(values):
             pairs = list(zip(values, coordinates, strict=True))

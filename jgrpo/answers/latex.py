@@ -5,6 +5,7 @@ import re
 
 from jgrpo.answers.characters import as_latex
 from jgrpo.answers.dress import bare, undressed
+from jgrpo.answers.rewrite import rewritten, rules
 from jgrpo.answers.shape import closing, depths
 from jgrpo.answers.units import dollars_an_hour, with_rate, with_words
 
@@ -13,26 +14,23 @@ MAX_CHARS = 1000
 
 GROUP = r"\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\}"
 _DEGREES = r"\^ ?(?:\{ ?\\circ ?\}|\\circ(?![A-Za-z]))|\\degree(?![A-Za-z])"
-_TO_QUOTES = tuple(
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        (r"\s+", " "),
-        (r"\\\\(?=[a-z]{2})", r"\\"),  # doubled escapes: \\frac
-        (r"\\\\", "\n"),  # a matrix row, from here on
-        (r"\\\$|\$|\\[()\[\]]|\\textdollar(?![A-Za-z])", ""),
-        (r"\\(?:left|right|[bB]igg?[lrm]?)(?![A-Za-z])\.?", ""),
-        (r"(?<=[0-9])(?:\{, ?\}(?:\\!)?|, ?\\! ?|\\! ?, ?)(?=[0-9]{3}(?![0-9]))", "{,}"),
-        (
-            r"(?<![0-9])([1-9][0-9]{0,2})((?:\{,\}[0-9]{3})+)(?![0-9])",
-            lambda m: m[1] + m[2].replace("{,}", ""),
-        ),
-        (r"(?<=[0-9])\{, ?\}(?:\\!)?(?=[0-9])", "."),  # 3{,}5
-        (r"(?<=[0-9])['_](?=[0-9]{3}(?![0-9]))", ""),
-        (r"\\!", ""),
-        (r"(?<![,;\s]) *\\q?quad(?![A-Za-z]) *(?=[A-Za-z](?:_\S{1,5})? ?=)", ", "),
-        (r"\\(?:land|wedge)(?![A-Za-z])", '" and "'),
-        (r"\\(?:lor|vee)(?![A-Za-z])", '" or "'),
-    )
+_TO_QUOTES = rules(
+    (r"\s+", " "),
+    (r"\\\\(?=[a-z]{2})", r"\\"),  # doubled escapes: \\frac
+    (r"\\\\", "\n"),  # a matrix row, from here on
+    (r"\\\$|\$|\\[()\[\]]|\\textdollar(?![A-Za-z])", ""),
+    (r"\\(?:left|right|[bB]igg?[lrm]?)(?![A-Za-z])\.?", ""),
+    (r"(?<=[0-9])(?:\{, ?\}(?:\\!)?|, ?\\! ?|\\! ?, ?)(?=[0-9]{3}(?![0-9]))", "{,}"),
+    (
+        r"(?<![0-9])([1-9][0-9]{0,2})((?:\{,\}[0-9]{3})+)(?![0-9])",
+        lambda m: m[1] + m[2].replace("{,}", ""),
+    ),
+    (r"(?<=[0-9])\{, ?\}(?:\\!)?(?=[0-9])", "."),  # 3{,}5
+    (r"(?<=[0-9])['_](?=[0-9]{3}(?![0-9]))", ""),
+    (r"\\!", ""),
+    (r"(?<![,;\s]) *\\q?quad(?![A-Za-z]) *(?=[A-Za-z](?:_\S{1,5})? ?=)", ", "),
+    (r"\\(?:land|wedge)(?![A-Za-z])", '" and "'),
+    (r"\\(?:lor|vee)(?![A-Za-z])", '" or "'),
 )
 _RELATIONS = (
     (r"\\lt(?![A-Za-z])", "<"),
@@ -81,43 +79,40 @@ _POWERS_OF_TEN = (
     (r'(?<=[0-9)]) ?(?:x|" ?x ?") ?(?=\{?10\}?\^)', r"\\cdot "),
     (r"\^\((-?[0-9]+)\)", r"^{\1}"),
 )
-_SPELLINGS = tuple(
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        (r"(?<![\\_^])\{\}", " "),
-        (r"(?<![A-Za-z^_])\{ *(\\(?:cup|times|cdot|[lc]?dots|l[te]q?|g[te]q?|neq?)) *\}", r"\1 "),
-        (r'(?<![A-Za-z\]}^_])\{ *("[^"]*") *\}', r"\1 "),  # {"km"}
-        (r'"([^"]*)"', lambda m: m[0] if re.search("[A-Za-z]", m[1]) else m[1]),
-        (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
-        (r"\\times(?![A-Za-z])|\\ast(?![A-Za-z])|\*", r"\\cdot "),
-        *_POWERS_OF_TEN,
-        *_RELATIONS,
-        *_ABOUT,
-        *_SETS,
-        (rf"(?:{_DEGREES}) ?, ?(?=[0-9])", ",~"),  # this comma separates, as those below
-        (_DEGREES, ""),
-        (r'" ?,? ?(?:and|or) ?"|(?<=[^A-Za-z"]) (?:and|or) (?![A-Za-z]{3})', ",~"),
-        (r'"([^"]*)"', lambda m: m[1] if "," in m[1] else m[0]),
-        (r", ?,", ","),
-        (r"\\%| ?\b[pP]ercent\b", "%"),
-        (r"(?<![A-Za-z\\])sqrt ?\(([^()]*)\)", r"\\sqrt{\1}"),
-        (r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi "),
-        (r"(?<![A-Za-z\\\"])(log|ln|sin|cos|tan)(?=[_( ])", r"\\\1"),
-        (r"\\sqrt ?([0-9A-Za-z]|\\pi)", r"\\sqrt{\1}"),
-        (r"\\frac ?([0-9A-Za-z]|\\pi)", r"\\frac{\1}"),
-        (rf"\\frac({GROUP}) ?([0-9A-Za-z]|\\pi)", r"\\frac\1{\2}"),
-        (r"(\\log ?_ ?(?:[0-9A-Za-z]|\{[^{}]*\})) +(?=[0-9])", r"\1"),
-        (r"\\(?:[lch]?dots[cbm]?|mathellipsis|textellipsis|ldotp\\ldotp\\ldotp)(?![A-Za-z])"
-         r"|\. ?\. ?\.", r"\\ldots "),
-        # `6 3/4` is a mixed number; without its space it would be 63/4.
-        (r"(?<![0-9.] )(?<![0-9.])([0-9]+) +([0-9]+) ?/ ?([0-9]+)", r"\1\\frac{\2}{\3}"),
-        (r"(?<=[0-9]) (?=[0-9]{3}(?![0-9]))", ""),
-        (r"(?<=[0-9]), (?=[1-9][0-9]{2}(?![0-9]))", ",~"),  # `70, 110` is two numbers
-        (r"(?<=[0-9]) (?=[0-9])", "~"),  # `1 2` is not 12
-        (r'(\\[A-Za-z]+) +(?=[A-Za-z])|(?<![A-Za-z]) +| +(?![A-Za-z])|(?<=") +', r"\1 "),
-        (r"([\^_])\{([0-9A-Za-z])\}", r"\1\2"),
-        (r"(?<![0-9])\.(?=[0-9])", "0."),
-    )
+_SPELLINGS = rules(
+    (r"(?<![\\_^])\{\}", " "),
+    (r"(?<![A-Za-z^_])\{ *(\\(?:cup|times|cdot|[lc]?dots|l[te]q?|g[te]q?|neq?)) *\}", r"\1 "),
+    (r'(?<![A-Za-z\]}^_])\{ *("[^"]*") *\}', r"\1 "),  # {"km"}
+    (r'"([^"]*)"', lambda m: m[0] if re.search("[A-Za-z]", m[1]) else m[1]),
+    (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
+    (r"\\times(?![A-Za-z])|\\ast(?![A-Za-z])|\*", r"\\cdot "),
+    *_POWERS_OF_TEN,
+    *_RELATIONS,
+    *_ABOUT,
+    *_SETS,
+    (rf"(?:{_DEGREES}) ?, ?(?=[0-9])", ",~"),  # this comma separates, as those below
+    (_DEGREES, ""),
+    (r'" ?,? ?(?:and|or) ?"|(?<=[^A-Za-z"]) (?:and|or) (?![A-Za-z]{3})', ",~"),
+    (r'"([^"]*)"', lambda m: m[1] if "," in m[1] else m[0]),
+    (r", ?,", ","),
+    (r"\\%| ?\b[pP]ercent\b", "%"),
+    (r"(?<![A-Za-z\\])sqrt ?\(([^()]*)\)", r"\\sqrt{\1}"),
+    (r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi "),
+    (r"(?<![A-Za-z\\\"])(log|ln|sin|cos|tan)(?=[_( ])", r"\\\1"),
+    (r"\\sqrt ?([0-9A-Za-z]|\\pi)", r"\\sqrt{\1}"),
+    (r"\\frac ?([0-9A-Za-z]|\\pi)", r"\\frac{\1}"),
+    (rf"\\frac({GROUP}) ?([0-9A-Za-z]|\\pi)", r"\\frac\1{\2}"),
+    (r"(\\log ?_ ?(?:[0-9A-Za-z]|\{[^{}]*\})) +(?=[0-9])", r"\1"),
+    (r"\\(?:[lch]?dots[cbm]?|mathellipsis|textellipsis|ldotp\\ldotp\\ldotp)(?![A-Za-z])"
+     r"|\. ?\. ?\.", r"\\ldots "),
+    # `6 3/4` is a mixed number; without its space it would be 63/4.
+    (r"(?<![0-9.] )(?<![0-9.])([0-9]+) +([0-9]+) ?/ ?([0-9]+)", r"\1\\frac{\2}{\3}"),
+    (r"(?<=[0-9]) (?=[0-9]{3}(?![0-9]))", ""),
+    (r"(?<=[0-9]), (?=[1-9][0-9]{2}(?![0-9]))", ",~"),  # `70, 110` is two numbers
+    (r"(?<=[0-9]) (?=[0-9])", "~"),  # `1 2` is not 12
+    (r'(\\[A-Za-z]+) +(?=[A-Za-z])|(?<![A-Za-z]) +| +(?![A-Za-z])|(?<=") +', r"\1 "),
+    (r"([\^_])\{([0-9A-Za-z])\}", r"\1\2"),
+    (r"(?<![0-9])\.(?=[0-9])", "0."),
 )  # fmt: skip
 _KEPT_SPACE = re.compile(r"(\\[A-Za-z]+ (?=[A-Za-z]))| +")
 
@@ -132,12 +127,10 @@ def normalize(answer: str) -> str:
     if len(answer) > MAX_CHARS:
         return answer.strip()
     text = dollars_an_hour(_semicolons(as_latex(answer)))
-    for pattern, replacement in _TO_QUOTES:
-        text = pattern.sub(replacement, text)
+    text = rewritten(text, _TO_QUOTES)
     text = bare(undressed(text).strip()).strip()
     text = with_rate(with_words(text))
-    for pattern, replacement in _SPELLINGS:
-        text = pattern.sub(replacement, text)
+    text = rewritten(text, _SPELLINGS)
     text = _KEPT_SPACE.sub(lambda match: match[1] or "", text).strip(" \n")
     text = re.sub(r"[.,;:]+$|(?<=^[A-Z])\)$", "", text)
     while text.startswith("{") and closing(text) == len(text) - 1:

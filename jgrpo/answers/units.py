@@ -4,6 +4,8 @@ its spellings. A unit that one of two answers leaves out does not matter; two th
 import re
 from fractions import Fraction
 
+from jgrpo.answers.rewrite import rewritten, rules
+
 UNITS = {
     alias: unit
     for unit, aliases in {
@@ -56,20 +58,17 @@ _RATE = re.compile(rf"(?:({_POWERED})\s*)?/\s*({_POWERED})(?:\s*/\s*({_NAME}))?"
 _VALUE = re.compile(
     r"(.*[0-9%)]\}*)( ?)(?=[^A-Za-z]*[A-Za-z])((?:[^0-9]|(?<=\^)[1-3]|(?<=[{-])[1-3](?=\}))+)"
 )
-_WRITTEN = tuple(
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        (r'"|\\(?:cdot|big)(?![A-Za-z]) ?|\\,|~', " "),
-        (r"^\s*[\[(]|[\])]\s*$", ""),
-        (r"\\[dtc]?frac ?\{([^{}]*(?:\{[0-9]\})?)\} ?\{([^{}]*(?:\{[0-9]\})?)\}", r" \1/\2"),
-        (r"\{|\}", ""),
-        (r"\b(?:square|sq\.?)\s+([A-Za-z]+)|([A-Za-z]+)\s+squared\b", r"\1\2^2"),
-        (r"\b(?:cubic)\s+([A-Za-z]+)|([A-Za-z]+)\s+cubed\b", r"\1\2^3"),
-        (r"\b([A-Za-z]+) ?\^ ?-([1-3])", r"/\1^\2"),
-        (r"(?:^|(?<=[a-z]))\s*\b(?:per|an?|each|every)\s+(?=[A-Za-z])", "/"),
-        (r" ?\^ ?1\b", ""),
-        (r" ?\^ ?", "^"),
-    )
+_WRITTEN = rules(
+    (r'"|\\(?:cdot|big)(?![A-Za-z]) ?|\\,|~', " "),
+    (r"^\s*[\[(]|[\])]\s*$", ""),
+    (r"\\[dtc]?frac ?\{([^{}]*(?:\{[0-9]\})?)\} ?\{([^{}]*(?:\{[0-9]\})?)\}", r" \1/\2"),
+    (r"\{|\}", ""),
+    (r"\b(?:square|sq\.?)\s+([A-Za-z]+)|([A-Za-z]+)\s+squared\b", r"\1\2^2"),
+    (r"\b(?:cubic)\s+([A-Za-z]+)|([A-Za-z]+)\s+cubed\b", r"\1\2^3"),
+    (r"\b([A-Za-z]+) ?\^ ?-([1-3])", r"/\1^\2"),
+    (r"(?:^|(?<=[a-z]))\s*\b(?:per|an?|each|every)\s+(?=[A-Za-z])", "/"),
+    (r" ?\^ ?1\b", ""),
+    (r" ?\^ ?", "^"),
 )
 _POWERS = ((re.compile(r"^(?:square|sq\.?) ?| ?squared$"), "2"),
            (re.compile(r"^cubic ?| ?cubed$"), "3"))  # fmt: skip
@@ -95,8 +94,7 @@ def with_rate(text: str) -> str:
     if not match or not _SAYS_RATE.search(match[3]):
         return text
     rate = match[3]
-    for pattern, replacement in _WRITTEN:
-        rate = pattern.sub(replacement, rate)
+    rate = rewritten(rate, _WRITTEN)
     if not (found := _RATE.fullmatch(rate.strip())):
         return text
     over, under, again = (name or "" for name in found.groups())
