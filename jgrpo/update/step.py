@@ -181,9 +181,9 @@ class Update:
     def _blank_tape(self, adapter, base, stack: MicroBatch) -> Tape | None:
         """A tape to give to a program; None where it makes its own."""
         traced("tape", _words(stack))
-        return self._zero_tape(adapter, base, stack) if backend().tape_outlives_programs else None
+        return self._empty_tape(adapter, base, stack) if backend().tape_outlives_programs else None
 
-    def _zero_tape(self, adapter, base, stack: MicroBatch) -> Tape:
+    def _empty_tape(self, adapter, base, stack: MicroBatch) -> Tape:
         def written(adapter, base, batch):
             return hidden_states(nnx.merge(self.graph, adapter, base), batch, [], **self.of_layers)
 
@@ -194,7 +194,7 @@ class Update:
     def _through_stack(self, total: Sums, tape, adapter, base, stack: MicroBatch, n, old, ref):
         traced("update", _words(stack))
         own = tape is None
-        tape = self._zero_tape(adapter, base, stack) if own else tape
+        tape = self._empty_tape(adapter, base, stack) if own else tape
 
         def step(i, carry):
             total, tape, logprobs = carry
