@@ -20,7 +20,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from jgrpo.cli import Serve, parse
 from jgrpo.config import Config
@@ -41,7 +41,7 @@ def command(config: Config, *, cpu: bool) -> list[str]:
     options = {
         "--model": config.model_id,
         "--host": url.hostname or "localhost",
-        "--port": url.port or (443 if url.scheme == "https" else 80),
+        "--port": _port(url),
         "--dtype": config.dtype,
         "--max-model-len": config.max_model_len,
         "--max-lora-rank": config.vllm_max_lora_rank,
@@ -56,6 +56,10 @@ def command(config: Config, *, cpu: bool) -> list[str]:
         flags.append("--no-enable-chunked-prefill")
     module = ["-m", "vllm.entrypoints.openai.api_server"]
     return [sys.executable, *module, *(str(x) for pair in options.items() for x in pair), *flags]
+
+
+def _port(url: SplitResult) -> int:
+    return url.port or (443 if url.scheme == "https" else 80)
 
 
 def environment(inherited: Mapping[str, str], *, cpu: bool) -> dict[str, str]:
@@ -133,9 +137,8 @@ def members(
         raise InputError("--port, --host: with --devices they are those of --vllm_url")
     if len(urls) == 1:
         first = urlsplit(urls[0])
-        port = first.port or (443 if first.scheme == "https" else 80)
         host = first.netloc.removesuffix(f":{first.port}")
-        urls = [f"{first.scheme}://{host}:{port + i}" for i in range(len(devices))]
+        urls = [f"{first.scheme}://{host}:{_port(first) + i}" for i in range(len(devices))]
     return [
         Member(device, url, [*command(replace(config, vllm_url=url), cpu=cpu), *extra])
         for device, url in zip(devices, urls, strict=True)

@@ -21,6 +21,9 @@ import httpx
 from jgrpo.config import Config
 from jgrpo.serve import command, environment, runs_on_cpu
 
+SMALL = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+"""What a server of tests finds in its environment, unless something else is there."""
+
 
 @contextlib.contextmanager
 def vllm_server(
@@ -41,8 +44,7 @@ def vllm_server(
     url = url or f"http://127.0.0.1:{_free_port()}"
     config = Config(**{"model_id": str(model), "dtype": "float32", "vllm_url": url, **fields})
     cpu = runs_on_cpu()
-    small = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
-    inherited = {**small, **os.environ}
+    inherited = {**SMALL, **os.environ}
     with log_file.open("w") as log:
         server = subprocess.Popen(
             [*command(config, cpu=cpu), *extra],
@@ -65,12 +67,11 @@ def fleet_server(config: Config, log_file: Path, devices: str = "0,1") -> Iterat
     port = next(p for p in range(_free_port(), 65_000) if _is_free(p) and _is_free(p + 1))
     fields = "model_id", "dtype", "lora_r", "max_tokens", "max_prompt_tokens"
     flags = [word for f in fields for word in (f"--{f}", str(getattr(config, f)))]
-    small = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
     with log_file.open("w") as log:
         serve = subprocess.Popen(
             [sys.executable, "-m", "jgrpo.serve", *flags, "--devices", devices,
              "--vllm_url", f"http://127.0.0.1:{port}"],
-            env={**small, **os.environ}, stdout=subprocess.PIPE, stderr=log, text=True,
+            env={**SMALL, **os.environ}, stdout=subprocess.PIPE, stderr=log, text=True,
         )  # fmt: skip
     try:
         assert serve.stdout

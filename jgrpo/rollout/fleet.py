@@ -57,25 +57,29 @@ async def run_fleet(
             )
     try:
         async with asyncio.TaskGroup() as group:
-            first = [group.create_task(_well(member)) for member in members]
-            for member in members:
-                group.create_task(_keep(member, environment, tell))
-            await asyncio.gather(*first)
+            well = [group.create_task(_well(member)) for member in members]
+            for member, was_well in zip(members, well, strict=True):
+                group.create_task(_keep(member, was_well, environment, tell))
+            await asyncio.gather(*well)
             ready()
     except BaseExceptionGroup as failures:
         raise failures.exceptions[0] from None
 
 
 async def _keep(
-    member: Member, environment: Mapping[str, str], tell: Callable[[str], None]
+    member: Member,
+    was_well: "asyncio.Task[None]",
+    environment: Mapping[str, str],
+    tell: Callable[[str], None],
 ) -> None:
-    """Start the server, and start it again whenever it has ended."""
+    """Start the server, and start it again whenever it has ended; `was_well` is done once it was
+    well for the first time."""
     starts: list[float] = []
     while True:
         starts = [s for s in starts if time.monotonic() - s < IN_S] + [time.monotonic()]
-        was_well, status, last = await _once(member, environment, tell)
+        status, last = await _once(member, environment, tell)
         what = f"the server on device {member.device} ended (exit status {status})"
-        if not was_well and len(starts) == 1:
+        if not was_well.done():
             raise RunError(f"{what} before it was well. It wrote at last:\n{last}")
         if len(starts) == MAX_STARTS:
             raise RunError(f"{what}, {MAX_STARTS} times in {IN_S:g} s. It wrote at last:\n"
@@ -85,8 +89,8 @@ async def _keep(
 
 async def _once(
     member: Member, environment: Mapping[str, str], tell: Callable[[str], None]
-) -> tuple[bool, int, str]:
-    """One life of a server -> was it ever well, its exit status, its last lines."""
+) -> tuple[int, str]:
+    """One life of a server -> its exit status, its last lines."""
     process = await asyncio.create_subprocess_exec(
         *member.command,
         env={**environment, "CUDA_VISIBLE_DEVICES": member.device},
@@ -103,16 +107,13 @@ async def _once(
             tell(f"[{member.device}] {last[-1]}")
 
     assert process.stdout
-    well = asyncio.create_task(_well(member))
     reading = asyncio.create_task(pass_on(process.stdout))
     try:
         status = await _ended(process)
-        was_well = well.done()
     finally:
-        well.cancel()
         await _end(process)  # and its children, which would keep its output open
         await reading
-    return was_well, status, "\n".join(last)
+    return status, "\n".join(last)
 
 
 async def _lines(stream: asyncio.StreamReader):

@@ -190,7 +190,7 @@ class VllmSampler:
         return min(well or ([] if asked else others), key=lambda s: s.outstanding, default=None)
 
     def _leave(self, server: Server) -> None:
-        if not server.trouble or not server.is_left:
+        if not server.is_left:
             server.trouble = server.trouble or f"no answer for {self._move_s:g} s"
             server.is_left = True
             log.warning("%s: %s; its prompts go to the other servers", server.url, server.trouble)
@@ -200,6 +200,7 @@ class VllmSampler:
         loading = {asyncio.create_task(s.load(client, self._adapter)): s for s in self._servers}
         patience = {task: AWAY_S if s.trouble else self._move_s for task, s in loading.items()}
         start, is_loaded, waiting = time.monotonic(), False, set(loading)
+        failure: GaveUp | None = None
         try:
             while waiting and not (
                 is_loaded and time.monotonic() - start > max(patience[task] for task in waiting)
@@ -211,9 +212,10 @@ class VllmSampler:
                     try:
                         task.result()
                         is_loaded = True
-                    except GaveUp:
-                        if not waiting and not is_loaded:
-                            raise
+                    except GaveUp as error:
+                        failure = error
+            if failure and not is_loaded:
+                raise failure
             for task in waiting:
                 self._leave(loading[task])
         finally:

@@ -37,12 +37,12 @@ def quick(monkeypatch):
     monkeypatch.setattr(fleet, "LOOK_EVERY_S", 0.05)
 
 
-def member(device: str, code: str = SERVER, **options) -> Member:
+def member(device: str, code: str = SERVER) -> Member:
     port = _free_port()
     return Member(device, f"http://127.0.0.1:{port}", [sys.executable, "-c", code, str(port)])
 
 
-async def run(members, during, **options):
+async def run(members, during):
     """Run the fleet, do `during` once all are well, end the fleet -> its lines."""
     lines, ready = [], asyncio.Event()
     running = asyncio.create_task(
