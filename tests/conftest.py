@@ -40,7 +40,7 @@ def pytest_addoption(parser):
 
 
 def is_short(config) -> bool:
-    """A bare pytest: without --all, -m or a test's name, what takes less than five minutes."""
+    """A bare pytest: without --all, -m or a test's name, all but the long tests and vLLM's."""
     named = any("::" in word for word in config.args)
     return not (config.getoption("--all") or config.getoption("-m") or named)
 
