@@ -101,6 +101,7 @@ class Loop:
         """Everything before the next step: self-tests, the probe, the adapter, its evaluation (if
         the run was not stopped after it), the first checkpoint."""
         session, first, run_dir = self.session, self.record.first, self.record.run_dir
+        self.record.tell(self.log)
         self.alike = Alike(session.config, str(run_dir))
         self.collector = Collector(
             session.config, session.problems, self.sampler, session.grader, session.scorers
@@ -185,7 +186,7 @@ def train(config: Config, resume: Path | None = None) -> Path:
     configure_jax()
     config = begun(config) if resume is None else config
     with ExitStack() as stack:
-        session = open_session(config, stack)
+        session = open_session(config, stack, resume)
         record = Record(session, resume, stack)
         policy = session.policy
         learner = Learner(config, policy.graph, policy.adapter, policy.base)

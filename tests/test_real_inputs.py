@@ -1,12 +1,20 @@
-"""What other tools and careless data bring, through a whole run: verl's parquet as it is, and golds
-that no completion can meet."""
+"""What other tools and careless data bring, through a whole run: verl's parquet as it is, golds
+that no completion can meet, a chat template that writes the date."""
+
+import dataclasses
+import json
+import shutil
+import sys
+from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 from tiny_run import SUMS, read_lines, tiny_config, write_base, write_problems
 
+from jgrpo.errors import RunError
 from jgrpo.run.rundir import read_metrics
+from jgrpo.run.runlog import _Console
 from jgrpo.train import train
 
 pytestmark = pytest.mark.usefixtures("shared_compilation_cache")
@@ -58,3 +66,41 @@ def test_a_run_whose_rewards_are_all_alike_says_what_to_look_at(root, capsys):
     assert told.count("all completions of a problem got the same reward (mean 0)") == 1
     assert "step 3: in the last 3 steps" in told
     assert "look at the gold answers" in told
+
+
+def test_a_run_whose_template_writes_the_time_is_resumed_later_and_keeps_its_own(root, caplog):
+    base = shutil.copytree(root / "base", root / "dated")
+    file = base / "chat_template.jinja"
+    file.write_text("{{ strftime_now('%H:%M:%S.%f') }}" + file.read_text())
+    config = tiny_config(
+        root, model_id=str(base), max_prompt_tokens=40, n_grpo_steps=1, eval_every=0
+    )
+    run = train(config)
+    began = json.loads((run / "config.json").read_text())["date"]
+    caplog.clear()
+    train(dataclasses.replace(config, n_grpo_steps=2), run)
+    assert f"the chat template writes the date: prompts have that of {began[:16]}" in caplog.text
+    for step in (1, 2):
+        prompts = [row["prompt"] for row in read_lines(run / f"rollouts/step_{step:06d}.jsonl")]
+        assert all(prompt.startswith(began.split()[1]) for prompt in prompts)
+
+
+@pytest.mark.parametrize("n_lines", [0, 2])
+def test_a_reader_that_goes_away_at_any_line_is_told_how_to_go_on(n_lines, root, monkeypatch):
+    """As `| head` does, before the first line of a run and after its second."""
+    printed = []
+
+    def gone(self, *_, **__):
+        printed.append(1)
+        if len(printed) > n_lines:
+            self.on_broken_pipe()
+
+    config = tiny_config(root, n_grpo_steps=1, eval_every=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(_Console, "print", gone)
+        patch.setattr("rich.console.Console.on_broken_pipe", sys.exit)
+        with pytest.raises(RunError, match=r"went away.*\n.*to go on: .* --resume") as told:
+            train(config)
+    run = Path(str(told.value).split()[-1])
+    train(config, run)
+    assert [row["step"] for row in read_metrics(run)] == [1]

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -201,13 +202,13 @@ class _Server(ThreadingHTTPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that has gone is no error: what was overtaken is not waited for."""
-        if not isinstance(sys.exception(), ConnectionError):
+        if not isinstance(sys.exception(), ConnectionError | ssl.SSLError):
             super().handle_error(request, client_address)
 
 
 @contextlib.contextmanager
-def listening(fake: FakeVllm) -> Iterator[str]:
-    """Yield the URL at which `fake` answers."""
+def listening(fake: FakeVllm, tls: ssl.SSLContext | None = None) -> Iterator[str]:
+    """Yield the URL at which `fake` answers; with `tls`, in https."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -232,10 +233,15 @@ def listening(fake: FakeVllm) -> Iterator[str]:
             pass
 
     server = _Server(("127.0.0.1", 0), Handler)
+    if tls:  # the handshake in the request's own thread
+        server.socket = tls.wrap_socket(
+            server.socket, server_side=True, do_handshake_on_connect=False
+        )
+    scheme = "https://localhost" if tls else "http://127.0.0.1"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}"
+        yield f"{scheme}:{server.server_port}"
     finally:
         server.shutdown()
         thread.join()

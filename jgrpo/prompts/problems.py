@@ -5,9 +5,11 @@ row that cannot be used is counted in the report, by reason, with examples.
 """
 
 import functools
+import logging
 import re
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,10 @@ from transformers import PreTrainedTokenizerBase
 from jgrpo.errors import InputError
 from jgrpo.prompts.columns import Read, has_columns, read_columns
 from jgrpo.prompts.rows import Row, load_rows
-from jgrpo.prompts.tokenizer import render
+from jgrpo.prompts.tokenizer import render, writes_the_date
 
 SLOT = "{problem}"
+log = logging.getLogger(__name__)
 
 RowRead = tuple[Row, Read]
 LeftOut = dict[str, list[Row]]
@@ -107,14 +110,16 @@ def load_problems(
     problem_column: str = "",
     answer_column: str = "",
     system_prompt: str = "",
+    now: datetime | None = None,
 ) -> tuple[list[Problem], list[Problem], list[str]]:
     """Training problems, evaluation problems, and the report: lines for the user to read.
 
     The evaluation takes `n_eval_prompts` evenly spaced, whatever the seed. A training row that
-    repeats an earlier one, or any evaluation problem (blanks aside), is left out. Raises InputError
-    if either list would be empty.
+    repeats an earlier one, or any evaluation problem (blanks aside), is left out. A chat template
+    that writes the date writes that of `now`, and a warning says so. Raises InputError if either
+    list would be empty.
     """
-    template = load_template(prompt_template)
+    template, now = load_template(prompt_template), now or datetime.now()
     train_rows, eval_rows, report = load_rows(
         dataset_path=dataset_path,
         dataset_split=dataset_split,
@@ -137,6 +142,7 @@ def load_problems(
         enable_thinking=enable_thinking,
         max_prompt_tokens=max_prompt_tokens,
         system_prompt=system_prompt,
+        now=now,
     )
     train, candidates = make(training, "training"), make(evaluation, "evaluation")
     n_eval = min(n_eval_prompts, len(candidates))
@@ -154,6 +160,9 @@ def load_problems(
     if any(read.messages for _, read in training):
         report.append("rows that are conversations are read as they are, without prompt_template")
     report += _describe_prompts(tokenizer, template, enable_thinking)
+    if writes_the_date(tokenizer):
+        log.warning("the chat template writes the date: prompts have that of %s, and a run that is "
+                    "resumed keeps that of its start", f"{now:%Y-%m-%d %H:%M}")  # fmt: skip
     n_ids = [len(p.prompt_ids) for p in train]
     report.append(f"{len(train)} training problems, prompts of {min(n_ids)} to {max(n_ids)} tokens")
     report.append(f"{len(eval_)} of {len(candidates)} evaluation problems, evenly spaced")
@@ -263,10 +272,11 @@ def _make_problems(
     enable_thinking: bool,
     max_prompt_tokens: int,
     system_prompt: str,
+    now: datetime | None = None,
 ) -> list[Problem]:
     chats = [r.messages or template.replace(SLOT, r.problem) for _, r in read]
     prompts, prompt_ids = render(
-        tokenizer, chats, enable_thinking=enable_thinking, system_prompt=system_prompt
+        tokenizer, chats, enable_thinking=enable_thinking, system_prompt=system_prompt, now=now
     )
     special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
     problems = []

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, cast
 
@@ -159,9 +160,11 @@ def render(
     *,
     enable_thinking: bool,
     system_prompt: str = "",
+    now: datetime | None = None,
 ) -> tuple[list[str], list[tuple[int, ...]]]:
     """Each conversation as the model reads it: text and ids, up to where its answer begins. A text
-    is a user's message; `system_prompt` goes before those that bring no system turn.
+    is a user's message; `system_prompt` goes before those that bring no system turn. A template
+    that writes the date writes that of `now`.
 
     With a chat template the template writes every special token, so the tokenizer adds none (no
     second BOS). Without one the messages are continued as plain text.
@@ -179,6 +182,7 @@ def render(
                 tokenize=False,
                 add_generation_prompt=True,
                 enable_thinking=enable_thinking,
+                strftime_now=(now or datetime.now()).strftime,  # in place of transformers' own
             )
         except (jinja2.TemplateError, ValueError, TypeError, OverflowError) as error:
             raise InputError(
@@ -193,6 +197,13 @@ def render(
             )
     ids = tokenizer(prompts, add_special_tokens=not has_template)["input_ids"]
     return prompts, [tuple(row) for row in ids]
+
+
+def writes_the_date(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Does the chat template write the date, or the time?"""
+    days = datetime(2001, 2, 3, 4, 5, 6), datetime(2012, 11, 10, 9, 8, 7)
+    one, other = (render(tokenizer, ["1"], enable_thinking=False, now=day)[0] for day in days)
+    return one != other
 
 
 def _conversation(

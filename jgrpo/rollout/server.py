@@ -256,8 +256,8 @@ class Server:
             try:
                 response = await client.request(method, self.url + path, json=body)
             except httpx.ConnectError as error:
-                if "CERTIFICATE_VERIFY_FAILED" in str(error):  # it will not become a good one
-                    raise RunError(f"{self.url}: {error}. {CERTIFICATE_REMEDY}") from error
+                if remedy := _tls_remedy(str(error)):  # it will not be better the next time
+                    raise RunError(f"{self.url}: {error}. {remedy}") from error
                 raise
             if response.status_code in retried:
                 raise Retry(f"HTTP {response.status_code}: {words(response)}")
@@ -298,13 +298,27 @@ def open_client() -> httpx.AsyncClient:
     return made
 
 
+def _tls_remedy(error: str) -> str:
+    """What would help where a server's certificate, or its want of one, ends the handshake; empty
+    for other errors."""
+    if "Hostname mismatch" in error or "IP address mismatch" in error:
+        return "Name the server as its certificate does"
+    if "CERTIFICATE_VERIFY_FAILED" in error:
+        return CERTIFICATE_REMEDY
+    if "WRONG_VERSION_NUMBER" in error or "RECORD_LAYER_FAILURE" in error:
+        return "It does not speak TLS: take http:// in place of https://"
+    return ""
+
+
 def _authorities() -> ssl.SSLContext:
     """Who vouches for a server: the usual authorities, and those of SSL_CERT_FILE, SSL_CERT_DIR."""
     context = httpx.create_ssl_context(trust_env=False)
     file, folder = os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR")
+    if folder and not os.path.isdir(folder):  # OpenSSL would not say so
+        raise RunError(f"SSL_CERT_DIR={folder}: no such folder")
     try:
         if file or folder:
             context.load_verify_locations(file or None, folder or None)
     except OSError as error:
-        raise RunError(f"SSL_CERT_FILE={file}, SSL_CERT_DIR={folder}: {error}") from error
+        raise RunError(f"SSL_CERT_FILE={file}: {error}; it needs certificates in PEM") from error
     return context

@@ -75,11 +75,12 @@ class Record:
 
     def begin(self, stack: ExitStack) -> RunLog:
         """Write config.json, or note the resume and remove what was done after `first`; open the
-        log, and say what is about to run."""
+        log."""
         c, run_dir = self.config, self.run_dir
         devices = {"devices": [str(d) for d in jax.devices()]}
         if not self.resumed:
-            write_config(run_dir, c, {"inputs": self.inputs, **devices})
+            date = self.session.problems.date
+            write_config(run_dir, c, {"inputs": self.inputs, "date": f"{date}", **devices})
         resume_step = self.first if self.resumed else None
         log = stack.enter_context(
             RunLog(
@@ -95,11 +96,14 @@ class Record:
             add_resume(run_dir, c, self.first, devices)
             remove_later(run_dir, self.first)
             self.checkpoints.tidy()
-        for line in (*self.session.problems.report, f"{self.session}; run: {short(run_dir)}"):
-            log.info(line)
-        for line in without_effect(c):
-            log.info(line, style="yellow")
         return log
+
+    def tell(self, log: RunLog) -> None:
+        """What is about to run."""
+        for line in (*self.session.problems.report, f"{self.session}; run: {short(self.run_dir)}"):
+            log.info(line)
+        for line in without_effect(self.config):
+            log.info(line, style="yellow")
 
     def keep(self, step: int, state: State) -> None:
         """Remember the state after `step`, which is whole, safe from donation."""

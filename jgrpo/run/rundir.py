@@ -13,6 +13,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -268,6 +269,16 @@ def read_config(run_dir: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
         raise InputError(f'{file}: has no "config": not written by jgrpo.train')
     return content
+
+
+def date_of(run_dir: Path) -> datetime | None:
+    """What the prompts of a run take for now; None where it noted none. InputError if it is not a
+    date."""
+    date = read_config(run_dir).get("date")
+    try:
+        return date and datetime.fromisoformat(date)
+    except (ValueError, TypeError):
+        raise InputError(f"{run_dir}/config.json: date={date!r}: is not a date") from None
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ from jgrpo.rollout.protocol import Completion, Sampler
 from jgrpo.rollout.vllm import VllmSampler
 from jgrpo.run.device import free_memory
 from jgrpo.run.difficulty import of_this_difficulty
-from jgrpo.run.rundir import last_adapter, run_of_adapter
+from jgrpo.run.rundir import date_of, last_adapter, run_of_adapter
 from jgrpo.run.scoring import Scorers, open_scorers
 from jgrpo.run.trackers import check_installed
 
@@ -61,11 +62,13 @@ class Problems:
     report: list[str]
     templates: tuple[str, ...] = ()
     """The sources of what renders the problems."""
+    date: datetime | None = None
+    """What a template takes for now."""
 
     @property
     def fingerprint(self) -> str:
-        """Of all that is asked, and of the answers that it is graded by. Not of what the templates
-        make of it: some write today's date, and a run goes on tomorrow."""
+        """Of all that is asked, and of the answers that it is graded by; not of what the templates
+        make of it, which may hold the date."""
         asked = [[p.problem, p.gold] for p in (*self.train, *self.evaluation)]
         whole = json.dumps([asked, self.templates, self.stop_token_ids])
         return hashlib.sha256(whole.encode()).hexdigest()[:16]
@@ -106,10 +109,13 @@ class Session:
         )
 
 
-def open_session(config: Config, stack: ExitStack) -> Session:
-    """Everything but the sampler; what is cheap to find wrong first. InputError says what is."""
+def open_session(config: Config, stack: ExitStack, resume: Path | None = None) -> Session:
+    """Everything but the sampler; what is cheap to find wrong first. InputError says what is. A run
+    that is resumed asks what it asked, with the date of its start where a template writes one."""
     check_installed(config.report_to)
-    problems = of_this_difficulty(config, open_problems(config))
+    problems = of_this_difficulty(
+        config, open_problems(config, date_of(resume) if resume else None)
+    )
     grader = open_grader(config, stack)
     scorers = open_scorers(config, columns_of(problems.train))
     return Session(config, problems, open_policy(config), grader, scorers)
@@ -148,8 +154,10 @@ def open_device() -> None:
         ) from error
 
 
-def open_problems(config: Config) -> Problems:
-    """Tokenizer and problems; the model's config is read too, so that all bad input shows."""
+def open_problems(config: Config, date: datetime | None = None) -> Problems:
+    """Tokenizer and problems; the model's config is read too, so that all bad input shows. Chat
+    templates that write the date write `date`, else today's."""
+    date = date or datetime.now()
     folder = str(model_folder(config.model_id))
     vocab_size = model_config(Path(folder)).vocab_size
     hf = read_hf_config(Path(folder))
@@ -176,12 +184,13 @@ def open_problems(config: Config) -> Problems:
         problem_column=config.problem_column,
         answer_column=config.answer_column,
         system_prompt=config.system_prompt,
+        now=date,
     )
     prompts = (problem.prompt_ids for problem in (*train, *evaluation))
     refuse_ids_beyond(vocab_size, tokenizer, prompts)
     stops, report = stop_token_ids(tokenizer, folder), [*report, *told_of_stops(tokenizer, folder)]
     templates = load_template(config.prompt_template), str(tokenizer.chat_template)
-    return Problems(tokenizer, stops, train, evaluation, report, templates)
+    return Problems(tokenizer, stops, train, evaluation, report, templates, date)
 
 
 def shaped(config: Config, adapter: Path | None) -> Config:

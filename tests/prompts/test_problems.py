@@ -1,6 +1,7 @@
 """Every problem that trains or evaluates is the one meant, read as the model reads it."""
 
 import json
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -176,6 +177,32 @@ def test_the_report_says_when_the_chat_template_is_missing_or_deaf(tmp_path):
     deaf = byte_tokenizer(CHAT.replace("{% if enable_thinking %}<think>{% endif %}", ""))
     _, _, report = load_problems(deaf, dataset_path=path, **thinking)
     assert any("enable_thinking=True changes nothing" in line for line in report)
+
+
+@pytest.mark.parametrize(
+    ("written", "date"),
+    [
+        ("{{ strftime_now('%d %b %Y') }}", "05 Mar 2024"),
+        # Llama 3.2's way: a date that is given goes before today's.
+        (
+            "{% if not date_string is defined %}{% if strftime_now is defined %}"
+            "{% set date_string = strftime_now('%H:%M:%S') %}{% endif %}{% endif %}"
+            "{{ date_string }}",
+            "06:07:08",
+        ),
+        ("{{ 'strftime_now' }}", None),
+    ],
+)
+def test_a_template_writes_the_date_that_it_is_given_and_that_is_told(
+    written, date, tmp_path, caplog
+):
+    path, now = write_rows(tmp_path / "rows.jsonl", sums(5)), datetime(2024, 3, 5, 6, 7, 8)
+    tokenizer = byte_tokenizer(f"{written} {CHAT}")
+    train, evaluation, _ = load_problems(tokenizer, dataset_path=path, now=now, **OPTIONS)
+    for problem in (*train, *evaluation):
+        assert problem.prompt.startswith(f"{date or 'strftime_now'} <s>")
+        assert tokenizer.decode(problem.prompt_ids) == problem.prompt
+    assert ("that of 2024-03-05 06:07" in caplog.text) == (date is not None)
 
 
 # -- which problems
