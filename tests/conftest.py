@@ -9,10 +9,12 @@ import os
 import signal
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # an accelerator's float32 matmul is not float32
-# Most of a tiny model's time is compilation, most of that LLVM's: without its optimizations, half.
+# Most of a tiny model's time is compilation: without LLVM's optimizations, and with XLA's older
+# emitters of fusions, it takes a third.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    + " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
 )
 if (shared := os.environ.get("JAX_COMPILATION_CACHE_DIR")) and (
     worker := os.environ.get("PYTEST_XDIST_WORKER")
@@ -33,6 +35,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Co
 import jgrpo
 from jgrpo.policy.batch import MicroBatch, Rows, Shape, _fill, _pack, bucket
 from jgrpo.policy.lora import LoRAParam, split
+
+OWN_FUSIONS = os.environ["XLA_FLAGS"].replace(
+    " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters", ""
+)
+"""XLA_FLAGS of a process whose programs are fused as a user's are: with the older emitters, two of
+them that differ in nothing that matters may end some bits apart."""
 
 
 def pytest_addoption(parser):

@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from conftest import OWN_FUSIONS
 from rich.console import Console
 from tiny_run import tiny_config, write_base, write_config_file, write_problems
 
@@ -162,13 +163,16 @@ def command(root: Path, *args: str) -> cli.AblateRuns:
 def swept(root):
     """Two variants that must be equal to the bit, and one that must not; then all again."""
     asked = command(root, "--variants", "clip", "token_level")  # rank1 comes by itself
-    (root / "sweep/rank1").mkdir(parents=True)
-    half = dataclasses.replace(asked.options, seed=0, run_dir=str(root / "sweep/rank1/seed_0"))
+    folder = root / "sweep" / "token_level"
+    folder.mkdir(parents=True)
+    changes = {"use_token_level_loss": True, "seed": 0, "run_dir": str(folder / "seed_0")}
     with pytest.MonkeyPatch.context() as patch:  # a run that a stopped sweep has left half done
         patch.setattr(Learner, "learn", stop_at_second(Learner.learn))
         with pytest.raises(KeyboardInterrupt):
-            train(half)
-    as_runs(asked, quiet())
+            train(dataclasses.replace(asked.options, **changes))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XLA_FLAGS", OWN_FUSIONS)
+        as_runs(asked, quiet())
     return root / "sweep"
 
 
@@ -191,7 +195,7 @@ def test_a_sweep_leaves_a_run_folder_each_and_goes_on_with_a_half_done_one(swept
             rows = read_metrics(swept / variant / f"seed_{seed}")
             assert [r["step"] for r in rows if "train/loss" in r] == [1, 2]
             assert rows[-1]["eval/total"] == 4
-    log = (swept / "rank1/seed_0.log").read_text()
+    log = (swept / "token_level/seed_0.log").read_text()
     assert " 2/2" in log  # it went on, and did not begin again
     assert " 1/2" not in log
     manifest = json.loads((swept / "ablation.json").read_text())

@@ -18,7 +18,7 @@ from jgrpo.policy.batch import MicroBatch, Rows, completion_mask, micro_batches,
 from jgrpo.update.step import Update, adam, loss_denominator
 
 LR = 0.01
-ROUNDING = 5e-6  # sums of float32 in another order; a row too much or too few is off by 0.1
+ROUNDING = 1e-5  # sums of float32 in another order; a row too much or too few is off by 0.1
 
 
 def torch_adapter(base, folder) -> torch.nn.Module:
@@ -98,7 +98,12 @@ def pair(checkpoint, tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("rank", "temperature", "checkpoint_layers"),
-    [(1, 1.0, False), (1, 0.7, True), (4, 1.0, True), (4, 0.7, False)],
+    [
+        (1, 1.0, False),
+        (4, 1.0, True),
+        pytest.param(1, 0.7, True, marks=pytest.mark.slow),
+        pytest.param(4, 0.7, False, marks=pytest.mark.slow),
+    ],
 )
 def test_gradient_equals_torch_and_peft(pair, rows, rank, temperature, checkpoint_layers):
     parts, reference = pair(rank)
@@ -190,11 +195,17 @@ def test_what_fills_up_changes_nothing(pair, rows):
     assert relative_error(our_gradient(parts, [moved], 5), in_one) < ROUNDING
 
 
+def only(rows: Rows, i: int) -> Rows:
+    """A rollout of the i-th completion alone."""
+    columns = rows.prompts, rows.completions, rows.sampler_logprobs, rows.advantages
+    return Rows(*(column[i : i + 1] for column in columns))
+
+
 def test_company_changes_nothing(pair, rows):
     # Each completion alone, with its prompt, against all of them packed into shared rows.
     parts, batch = pair(1)[0], in_one_batch(rows)
     assert batch.segments.max() > 1
-    alone = [batches_of(rows, np.array([i]), 1)[0] for i in range(5)]
+    alone = [in_one_batch(only(rows, i)) for i in range(5)]  # all of one shape: compiled once
     assert all(b.segments.max() == 1 for b in alone)
     apart = [our_gradient(parts, [b], 5) for b in alone]
     summed = {name: sum(g[name] for g in apart) for name in apart[0]}
@@ -247,6 +258,7 @@ def _update_once(parts, batch):
     return update(adapter, state, base, [batch], 5.0)
 
 
+@pytest.mark.slow
 def test_a_second_update_takes_the_first_ones_logprobs_as_old(pair, rows):
     # After a step the policy has moved: ratios are no longer 1, some beyond 1 +- 0.01.
     update, adapter, state, base = start(pair(1)[0], clip_eps=0.01, beta=0.1)
@@ -261,6 +273,7 @@ def test_a_second_update_takes_the_first_ones_logprobs_as_old(pair, rows):
     assert float(second["train/approx_kl"]) == pytest.approx((np.expm1(d) - d).mean(), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_more_micro_batches_than_one_program_goes_through(pair, rows):
     """2 x 16 + 4 of them: the gradient is the sum of all, and each has its own logprobs."""
     update, adapter, state, base = start(pair(1)[0], clip_eps=0.01, beta=0.1)
@@ -289,6 +302,7 @@ def test_a_second_step_compiles_nothing(pair, rows):
     assert counts[0] == counts[1] == counts[2]
 
 
+@pytest.mark.slow
 def test_a_population_of_adapters_can_be_trained_over_one_base(pair, rows):
     """A leading axis on the adapter, by vmap alone: what `update` promises not to forbid."""
     graph, adapter, base = pair(1)[0]
