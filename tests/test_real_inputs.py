@@ -10,9 +10,19 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
-from tiny_run import SUMS, read_lines, tiny_config, write_base, write_problems
+from tiny_run import (
+    SUMS,
+    arrays_of,
+    read_lines,
+    same_bits,
+    tiny_config,
+    write_base,
+    write_problems,
+)
 
+from jgrpo import train as loop
 from jgrpo.errors import RunError
+from jgrpo.rollout.protocol import Completion
 from jgrpo.run.rundir import read_metrics
 from jgrpo.run.runlog import _Console
 from jgrpo.train import train
@@ -104,3 +114,42 @@ def test_a_reader_that_goes_away_at_any_line_is_told_how_to_go_on(n_lines, root,
     run = Path(str(told.value).split()[-1])
     train(config, run)
     assert [row["step"] for row in read_metrics(run)] == [1]
+
+
+class Emptied:
+    """A sampler whose completions have no tokens, once it samples for a step."""
+
+    def __init__(self, sampler):
+        self.sampler, self.is_probe = sampler, True
+
+    def __getattr__(self, name):
+        return getattr(self.sampler, name)
+
+    def load(self, folder):
+        self.is_probe = folder.name == "probe"
+        self.sampler.load(folder)
+
+    def sample(self, *args, **options):
+        groups = self.sampler.sample(*args, **options)
+        if self.is_probe:
+            return groups
+        return [[Completion([], [], "stop") for _ in group] for group in groups]
+
+
+@pytest.mark.parametrize("kind", ["empty", "all cut off and masked"])
+def test_a_run_goes_through_steps_that_have_nothing_to_train_on(kind, root, monkeypatch):
+    options = {"n_grpo_steps": 2, "use_length_penalty": True, "use_token_level_loss": True}
+    if kind == "empty":
+        real = loop.open_sampler
+        monkeypatch.setattr(loop, "open_sampler", lambda *a, **k: Emptied(real(*a, **k)))
+    else:
+        options |= {"max_tokens": 2, "mask_truncated_completions": True}
+        options |= {"expected_maximum_length": 2, "overlong_cache": 1}
+    run = train(tiny_config(root, **options))
+    for row in read_metrics(run):
+        assert all(value is not None for value in row.values())  # NaN would be null
+        if "train/loss" in row:
+            tags = "train/loss", "train/grad_norm", "tokens/trained", "train/skipped_updates"
+            assert [row[tag] for tag in tags] == [0, 0, 0, 0]
+    first, *_, last = sorted((run / "adapters").iterdir())
+    assert same_bits(arrays_of(first), arrays_of(last))

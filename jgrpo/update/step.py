@@ -295,4 +295,4 @@ def loss_denominator(loss: Loss, mask: np.ndarray) -> float:
     least 1, so that where nothing is trained the loss is 0."""
     zeros = jnp.zeros(mask.shape)
     arrays = {"sampler_logprobs": zeros, "entropies": zeros}
-    return max(1.0, float(loss(zeros, zeros, zeros[:, 0], jnp.asarray(mask), **arrays)[1]))
+    return max(1.0, float(loss(zeros, zeros, jnp.zeros(len(mask)), jnp.asarray(mask), **arrays)[1]))

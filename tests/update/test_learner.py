@@ -21,7 +21,7 @@ from jgrpo.policy.logprobs import token_logprobs
 from jgrpo.policy.lora import split
 from jgrpo.policy.weights import load_model
 from jgrpo.update.learner import Learner, loss_of
-from jgrpo.update.step import learning_rate
+from jgrpo.update.step import adam, global_norm, learning_rate
 
 LENGTHS = [4, 2, 7, 2, 3, 2, 4, 3]
 COMPLETIONS = [[*range(20 + n, 19 + n + length), 66] for n, length in enumerate(LENGTHS)]
@@ -277,6 +277,35 @@ def test_a_rollout_without_anything_to_train_on_changes_nothing(parts, new_learn
     assert all(np.array_equal(after[key], before[key]) for key in before)
 
 
+@pytest.mark.parametrize("options", [{}, FOUR_UPDATES, WITH_ENTROPY], ids=str)
+def test_a_rollout_of_empty_completions_changes_nothing(parts, new_learner, options):
+    learner, before = new_learner(**options), adapter_arrays(parts[1])
+    metrics = learner.learn(
+        dataclasses.replace(ROWS, completions=[[]] * 8, sampler_logprobs=[[]] * 8)
+    )
+    assert metrics["train/grad_norm"] == metrics["train/loss"] == metrics["tokens/trained"] == 0
+    assert metrics["train/skipped_updates"] == 0
+    assert all(math.isfinite(value) for value in metrics.values())
+    after = adapter_arrays(learner.state[0])
+    assert all(np.array_equal(after[key], before[key]) for key in before)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_token_level_loss": True}], ids=str)
+def test_an_empty_completion_counts_as_a_completion_without_tokens(new_learner, options):
+    """As one that is masked: in the mean over completions, not in that over tokens."""
+    without = lambda rows: [[] if TRUNCATED[n] else row for n, row in enumerate(rows)]  # noqa: E731
+    rows = dataclasses.replace(
+        ROWS, completions=without(COMPLETIONS), sampler_logprobs=without(LABELS)
+    )
+    found, expected = new_learner(**options), new_learner(**options)
+    metrics = found.learn(rows)
+    masked = expected.learn(dataclasses.replace(ROWS, trained=~TRUNCATED))
+    assert metrics["train/loss"] == pytest.approx(masked["train/loss"], rel=1e-5)
+    assert metrics["tokens/trained"] == 14  # of 27 without the fifth, whose advantage is 0
+    arrays = (adapter_arrays(learner.state[0]) for learner in (found, expected))
+    assert relative_error(*arrays) < 1e-5
+
+
 def test_a_rollout_without_advantages_has_no_gradient_but_is_measured(new_learner):
     learner = new_learner()
     metrics = learner.learn(dataclasses.replace(ROWS, advantages=np.zeros(8, np.float32)))
@@ -447,3 +476,34 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted(new_learner, bad):
         np.testing.assert_array_equal(got, wanted)
     learner.learn(ROWS)
     assert learner.skipped_in_a_row == 0
+
+
+def test_a_gradient_whose_square_would_overflow_is_clipped_like_any_other(new_learner):
+    """Scaled by a power of two, its norm from about 10 to 10^23 (float32 squares overflow above
+    1.8e19): Adam gets the same gradient, and the norm is reported as it is."""
+    norms, adapters = [], []
+    for power in (10, 80):
+        learner = new_learner()
+        metrics = learner.learn(dataclasses.replace(ROWS, advantages=np.ldexp(ADVANTAGES, power)))
+        assert metrics["train/skipped_updates"] == 0
+        norms.append(metrics["train/grad_norm"])
+        adapters.append(adapter_arrays(learner.state[0]))
+    assert norms[0] > 1
+    assert norms[1] > 1.8e19
+    assert norms[1] == pytest.approx(norms[0] * 2.0**70, rel=1e-6)
+    assert relative_error(*adapters) < 1e-6
+
+
+@pytest.mark.parametrize("size", [1e-30, 0.3, 1.0, 3e9, 1e15, 1.7e19, 1.9e19, 1e25, 1e38])
+def test_a_norm_is_that_of_float64_and_adam_gets_the_gradient_at_norm_one(size):
+    tree = {"a": np.array([[0.6, -0.1], [0.3, 0.0]]), "b": np.array([-0.2])}
+    gradient = {k: jnp.asarray(size * x, jnp.float32) for k, x in tree.items()}
+    norm = math.sqrt(sum((np.asarray(x, float) ** 2).sum() for x in gradient.values()))
+    if size > 1e-20:  # below, squares are 0 in float32
+        assert float(global_norm(gradient)) == pytest.approx(norm, rel=1e-6)
+    optimizer = adam(0.1)
+    state = optimizer.init(gradient)
+    _, state = optimizer.update(gradient, state, gradient)
+    for got, x in zip(jax.tree.leaves(optax.tree.get(state, "mu")), gradient.values(), strict=True):
+        clipped = np.asarray(x, float) / max(1.0, norm)
+        np.testing.assert_allclose(got, 0.1 * clipped, rtol=1e-5)
