@@ -60,6 +60,12 @@ RLOO = {"loss_type": "rloo", "use_leave_one_out": True, **NO_STD}
 WEIGHTS = {"use_importance_weights": True, "importance_weight_cap": 1.1}
 ENTROPY = {"entropy_coef": 0.05}
 MASKED = {"mask_truncated_completions": True}
+DUAL = NARROW | {"clip_delta": 1.05}
+"""The lowest cap that binds for some of the tokens with A < 0."""
+WEIGHTED = BASE | {"use_weighted_kl": True}
+SAPO = {"loss_type": "sapo", "sapo_tau_positive": 3.0, "sapo_tau_negative": 5.0}
+DPPO = {"loss_type": "dppo", "dppo_max_difference": 0.01}
+SEQUENCE = WEIGHTS | {"importance_weight_mode": "sequence_truncate"}
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "grpo, one update a rollout": {"updates_per_epoch": 1},
@@ -88,6 +94,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "importance weights": WEIGHTS,
     "importance weights + clip + token level": WEIGHTS | NARROW | TOKENS,
     "CISPO + importance weights": CISPO | WEIGHTS,
+    "clip + second upper clip (clip_delta)": DUAL,
+    "Dr. GRPO + clip + second upper clip": DR_GRPO | DUAL,
+    "KL to base, k1, weighted": WEIGHTED | {"kl_estimator": "k1"},
+    "KL to base, k3, weighted": WEIGHTED,
+    "SAPO": SAPO,
+    "SAPO, its own temperatures": {"loss_type": "sapo"},
+    "SAPO + token level": SAPO | TOKENS,
+    "DPPO": DPPO,
+    "DPPO + token level": DPPO | TOKENS,
+    "importance weights of sequences": SEQUENCE,
+    "importance weights of tokens, masked": WEIGHTS | {"importance_weight_mode": "token_mask"},
+    "importance weights of sequences, masked": SEQUENCE
+    | {"importance_weight_mode": "sequence_mask"},
+    "SAPO + weights of sequences + weighted KL": SAPO | SEQUENCE | WEIGHTED,
     "entropy bonus": ENTROPY,
     "mask truncated": MASKED,
     "mask truncated + token level": MASKED | TOKENS,

@@ -93,24 +93,58 @@ def policy_term(config: Config, new: Tensor, batch: Batch) -> Tensor:
     ratio = log_ratio_of(config, new, batch.old, batch.mask).exp()
     if config.loss_type == "cispo":
         term = -ratio.detach().clamp(max=config.cispo_max_ratio) * a * new
+    elif config.loss_type == "sapo":
+        term = -soft_gate(config, ratio, a) * a
+    elif config.loss_type == "dppo":
+        term = -trusted(config, new.exp(), batch.old.exp(), a) * ratio * a
     elif config.use_clip:
-        high = config.clip_eps if config.clip_eps_high is None else config.clip_eps_high
-        term = torch.maximum(-ratio * a, -ratio.clamp(1 - config.clip_eps, 1 + high) * a)
+        term = clipped_term(config, ratio, a)
     else:
         term = -ratio * a
-    if config.use_importance_weights:
-        weight = ((batch.old - batch.sampler_logprobs) * batch.mask).exp()
-        term = term * weight.clamp(max=config.importance_weight_cap)
-    return term
+    return term * importance_of(config, batch) if config.use_importance_weights else term
+
+
+def clipped_term(config: Config, ratio: Tensor, a: Tensor) -> Tensor:
+    """PPO's clip, with DAPO's upper width; where A < 0 the objective is at least clip_delta A too
+    (dual clip, Ye et al. 2020, eq. 5: max(min(r A, clip(r) A), c A))."""
+    high = config.clip_eps if config.clip_eps_high is None else config.clip_eps_high
+    objective = torch.minimum(ratio * a, ratio.clamp(1 - config.clip_eps, 1 + high) * a)
+    if config.clip_delta is not None:
+        objective = torch.where(a < 0, torch.maximum(objective, config.clip_delta * a), objective)
+    return -objective
+
+
+def soft_gate(config: Config, ratio: Tensor, a: Tensor) -> Tensor:
+    """SAPO (Gao et al. 2025, arXiv:2511.20347): (4 / tau) / (1 + exp(-tau (ratio - 1)))."""
+    tau = torch.where(a > 0, config.sapo_tau_positive, config.sapo_tau_negative)
+    return 4 / tau / (1 + (-tau * (ratio - 1)).exp())
+
+
+def trusted(config: Config, p: Tensor, p_old: Tensor, a: Tensor) -> Tensor:
+    """DPPO (Qi et al. 2026, arXiv:2602.04879, eq. 12): 0 where A > 0 and p - p_old is above the
+    bound, or A < 0 and p_old - p is; else 1. No gradient goes through it."""
+    moved = (p - p_old).detach() * a.sign()
+    return (moved <= config.dppo_max_difference).to(p.dtype)
+
+
+def importance_of(config: Config, batch: Batch) -> Tensor:
+    """p_old / p_sampler, of each token or of the row as a whole; above the cap the cap, or 0."""
+    d = (batch.old - batch.sampler_logprobs) * batch.mask
+    of, beyond = config.importance_weight_mode.split("_")
+    weight = (d.sum(dim=1, keepdim=True) if of == "sequence" else d).exp()
+    cap = config.importance_weight_cap
+    return weight.clamp(max=cap) if beyond == "truncate" else weight * (weight <= cap)
 
 
 def kl_term(config: Config, new: Tensor, batch: Batch) -> Tensor:
     """An estimate per token [b, T-1] of the KL to the old policy (d = log ratio), or to the base
-    (d = ref - logprob): k1 = -d, k2 = d^2 / 2, k3 = e^d - 1 - d (Schulman 2020)."""
+    (d = ref - logprob): k1 = -d, k2 = d^2 / 2, k3 = e^d - 1 - d (Schulman 2020). Weighted: times
+    p / p_old, through which a gradient goes (DeepSeek-V3.2, 2025, eq. 7)."""
     d = (new - batch.old if batch.ref is None else batch.ref - new) * batch.mask
+    weight = ((new - batch.old) * batch.mask).exp() if config.use_weighted_kl else 1.0
     if config.kl_estimator == "k3":
-        return d.exp() - 1 - d
-    return d.square() / 2 if config.kl_estimator == "k2" else -d
+        return weight * (d.exp() - 1 - d)
+    return weight * (d.square() / 2 if config.kl_estimator == "k2" else -d)
 
 
 def loss_of(

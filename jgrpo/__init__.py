@@ -14,9 +14,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from jgrpo.home import find_home
+
 if TYPE_CHECKING:
     from jgrpo.policy import Decoder
 
+find_home()  # before any library looks for its cache
 __version__ = "0.2.0"
 _HANDED_ON = {
     "Config": "config",

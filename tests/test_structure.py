@@ -25,7 +25,7 @@ TREES = {
 # Floors of the house (docs/architecture.md): a room is a folder, or a file beside the folders. It
 # imports from floors below its own, and within itself; the files of a floor, from each other.
 FLOORS = [
-    {"config", "checks", "errors", "losses", "advantages", "estimators"},
+    {"config", "checks", "errors", "home", "losses", "advantages", "estimators"},
     {"answers"},
     {"policy", "prompts"},
     {"update", "rollout", "rewards"},
@@ -57,7 +57,7 @@ PURE = ("advantages", "losses", "estimators", "answers.latex", "answers.algebra"
         "policy.backend", "policy.remat", "policy.rope", "policy.tape", "policy.lora",
         "policy.batch",
         "rollout.protocol")  # fmt: skip
-LIGHT = ("errors", "config", "cli", "checks", "advantages", "serve", "answers.equal",
+LIGHT = ("errors", "home", "config", "cli", "checks", "advantages", "serve", "answers.equal",
          "answers.grader", "rewards.parts", "rollout.protocol", "rollout.server", "rollout.vllm",
          "run.rundir", "study.variants")  # fmt: skip
 

@@ -207,6 +207,28 @@ MUTATIONS = {
         "CISPO", {"loss_type": "grpo", "use_clip": True, "use_token_level_loss": True}),
     "no importance weights": ("importance weights", {"use_importance_weights": False}),
     "their cap moved": ("importance weights", {"importance_weight_cap": 1.2}),
+    "no second upper clip": ("clip + second upper clip (clip_delta)", {"clip_delta": None}),
+    "the second upper clip moved": (
+        "Dr. GRPO + clip + second upper clip", {"clip_delta": 1.15}),
+    "weighted KL: k1 as if on policy": (
+        "KL to base, k1, weighted", {"use_weighted_kl": False}),
+    "weighted KL: k3 as if on policy": (
+        "KL to base, k3, weighted", {"use_weighted_kl": False}),
+    "no gate for SAPO's": ("SAPO", {"loss_type": "grpo"}),
+    "SAPO's temperatures swapped": (
+        "SAPO", {"sapo_tau_positive": 5.0, "sapo_tau_negative": 3.0}),
+    "SAPO's temperatures alike": ("SAPO", {"sapo_tau_negative": 3.0}),
+    "no mask for DPPO's": ("DPPO", {"loss_type": "grpo"}),
+    "DPPO's bound moved": ("DPPO", {"dppo_max_difference": 0.003}),
+    "weights of tokens for sequences": (
+        "importance weights of sequences", {"importance_weight_mode": "token_truncate"}),
+    "truncated weights for masked": (
+        "importance weights of tokens, masked", {"importance_weight_mode": "token_truncate"}),
+    "masked weights for truncated": (
+        "importance weights", {"importance_weight_mode": "token_mask"}),
+    "truncated weights of sequences for masked": (
+        "importance weights of sequences, masked",
+        {"importance_weight_mode": "sequence_truncate"}),
     "no entropy bonus": ("entropy bonus", {"entropy_coef": 0.0}),
     "cut-off completions trained": ("mask truncated", {"mask_truncated_completions": False}),
     "temperature forgotten": ("temperature 0.7", {"temperature": 1.0}),

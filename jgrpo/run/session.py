@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import shlex
-import tempfile
 from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
@@ -130,8 +129,6 @@ def configure_jax() -> None:
     jax.config.update("jax_default_matmul_precision", "highest")
     jax.config.update("jax_enable_x64", False)
     caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    if caches.startswith("~"):  # nobody's home, as in a container with a user id of its own
-        caches = os.path.join(tempfile.gettempdir(), f"cache-{os.getuid()}")
     default = os.path.join(caches, "jgrpo", "xla")
     folder = os.environ.get("JAX_COMPILATION_CACHE_DIR", default)
     jax.config.update("jax_compilation_cache_dir", folder)
