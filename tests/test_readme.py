@@ -50,15 +50,22 @@ def test_files_that_are_named_exist():
     assert [name for name in named if not (ROOT / name).is_file()] == []
 
 
-@pytest.mark.parametrize("n", range(len(PYTHON)))
-def test_python_blocks_run_as_they_stand(n, tmp_path):
+def is_long(block: str) -> bool:
+    return "train(" in block
+
+
+@pytest.mark.usefixtures("shared_compilation_cache")
+@pytest.mark.parametrize(
+    "block",
+    [pytest.param(b, marks=[pytest.mark.slow] if is_long(b) else []) for b in PYTHON],
+    ids=range(len(PYTHON)),
+)
+def test_python_blocks_run_as_they_stand(block, tmp_path, monkeypatch):
     """In a folder that has the clone's, so that nothing is written into the clone."""
     for name in ("jgrpo", "configs", "boxed.prompt"):
         (tmp_path / name).symlink_to(ROOT / name)
-    done = subprocess.run(
-        [sys.executable, "-c", PYTHON[n]], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, "README.md", "exec"), {})
 
 
 @pytest.mark.slow
