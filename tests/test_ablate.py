@@ -61,14 +61,19 @@ def quiet() -> Console:
 # -- on fixed rollouts ------------------------------------------------------------------------
 
 
-def gradients_of(run: Path, policy_step: int) -> tuple[compare.Comparison, dict]:
-    """The comparison, and for each variant the gradient by Update over the same rows."""
+def compared(run: Path, policy_step: int, names=NAMES) -> tuple[compare.Comparison, tuple]:
+    """The comparison, and what it was of: configs, rows, policy, adapter that sampled."""
     config = cli.resumed_config(run)
-    configs = {v.name: variant_on_rollouts(v, config) for v in read_variants(NAMES, CONFIGS)}
+    configs = {v.name: variant_on_rollouts(v, config) for v in read_variants(names, CONFIGS)}
     lines = compare.read_rollouts(run / "rollouts/step_000002.jsonl", config.group_size)
     rows = [compare.rows_for(c, lines, Scorers(None, None)) for c in configs.values()]
-    policy, old = compare.load_adapters(run, open_policy(config), 1, policy_step)
-    found = compare.compare(configs, rows, policy, old)
+    parts = configs, rows, *compare.load_adapters(run, open_policy(config), 1, policy_step)
+    return compare.compare(*parts), parts
+
+
+def gradients_of(run: Path, policy_step: int) -> tuple[compare.Comparison, dict]:
+    """The comparison, and for each variant the gradient by Update over the same rows."""
+    found, (configs, rows, policy, old) = compared(run, policy_step)
     expected = {}
     for (name, c), own in zip(configs.items(), rows, strict=True):
         learner = Learner(c, policy.graph, policy.adapter, policy.base)
@@ -101,10 +106,11 @@ def test_a_comparison_has_the_loss_and_gradient_of_each_variant_s_own_update(run
 
 
 def test_on_policy_variants_that_cannot_differ_do_not(run):
-    found, _ = gradients_of(run, 1)
+    names = ("rank1", "clip", "gspo", "dr_grpo", "rloo")
+    found, _ = compared(run, 1, names)
     for name in ("clip", "gspo"):
-        assert found.cosine[0, NAMES.index(name)] == pytest.approx(1, abs=1e-6)
-    i, j = NAMES.index("dr_grpo"), NAMES.index("rloo")  # the same direction: sums over tokens
+        assert found.cosine[0, names.index(name)] == pytest.approx(1, abs=1e-6)
+    i, j = names.index("dr_grpo"), names.index("rloo")  # the same direction: sums over tokens
     assert found.cosine[i, j] == pytest.approx(1, abs=1e-5)
 
 

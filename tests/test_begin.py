@@ -177,6 +177,7 @@ def test_a_dry_run_counts_its_rank(root, monkeypatch, capsys):
     assert "adapter, Adam's moments, gradient" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_evaluation_of_such_a_run_still_knows_the_base(run):
     """--adapter of evaluate is its own; the run's does not stand in for the base."""
     command = cli.parse(cli.Evaluate, ["--run", str(run), "--against", "base"])
@@ -240,6 +241,7 @@ def test_without_an_adapter_start_is_the_base_and_is_said_to_be(root):
 # -- going on ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(run, root, monkeypatch):
     real, calls = train_module.step_metrics, []
 
@@ -260,6 +262,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(run, root, monkeypatch):
     assert same_bits(final_adapter(folder), final_adapter(run))
 
 
+@pytest.mark.slow
 def test_a_start_that_changed_refuses_a_resume(run, root, tmp_path):
     folder, start = shutil.copytree(run, tmp_path / "run"), tmp_path / "start"
     content = (folder / "config.json").read_text()
@@ -278,6 +281,7 @@ def test_a_start_that_changed_refuses_a_resume(run, root, tmp_path):
     assert (folder / "adapters" / "step_000005").is_dir()
 
 
+@pytest.mark.slow
 def test_every_step_replays_to_the_bit_also_where_the_start_is_gone(run, root, tmp_path):
     folder = shutil.copytree(run, tmp_path / "run")
     content = (folder / "config.json").read_text()

@@ -71,6 +71,7 @@ def test_base_and_adapter_score_as_in_the_run(run, config, root, tmp_path, capsy
         assert row["finish_reason"] in ("stop", "length")
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_figures_last(run, config, tmp_path):
     file = write_config_file(tmp_path / "c.py", config)
     adapter = str(run / "adapters" / "step_000016")
@@ -172,6 +173,7 @@ def test_several_completions_a_problem(run, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_the_loop_evaluates_with_several_completions_too(root, run):
     config = tiny_config(root, n_grpo_steps=1, eval_n_samples=2, eval_temperature=1.0)
     last = of_step(train(config), 1)
@@ -202,6 +204,7 @@ def test_every_step_of_a_run_against_the_base(run, tmp_path, capsys):
     assert (tmp_path / "eval_curve.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_adapters_of_different_rank_are_compared(root, run, tmp_path):
     fresh = jgrpo.load_model(str(root / "base"), lora_r=2)  # B = 0: it is the base
     jgrpo.save_adapter(fresh, tmp_path / "fresh")

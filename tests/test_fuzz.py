@@ -1,8 +1,10 @@
-"""A part of the fuzz run of fuzz.py, the same inputs each time; the whole one is a command."""
+"""A part of the fuzz run of fuzz.py, the same inputs each time (a bare pytest: a quarter of them);
+the whole one is a command."""
 
 import fuzz
 import fuzz_answers
 import pytest
+from conftest import is_short
 
 from jgrpo.config import Config
 from jgrpo.errors import InputError
@@ -23,5 +25,6 @@ def test_an_integer_too_large_for_a_float_is_refused():
 
 
 @pytest.mark.parametrize("check", fuzz.PROPERTIES, ids=lambda check: check.__name__)
-def test_whatever_is_read(check):
-    fuzz.run(check, fuzz.examples_of(check, N_EXAMPLES), derandomize=True)
+def test_whatever_is_read(check, pytestconfig):
+    n_examples = N_EXAMPLES // 4 if is_short(pytestconfig) else N_EXAMPLES
+    fuzz.run(check, fuzz.examples_of(check, n_examples), derandomize=True)

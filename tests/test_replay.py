@@ -48,6 +48,7 @@ def test_every_step_comes_out_to_the_bit(run):
         assert ("adapter/largest_difference" in figures) == (row["step"] == 3)
 
 
+@pytest.mark.slow
 def test_several_updates_a_rollout_need_the_checkpoint_before_them(root):
     run = train(tiny_config(root, eval_every=0, epochs_per_step=2, use_clip=True))
     assert all(logged == now for logged, now in replay(run, 3).values())
@@ -55,6 +56,7 @@ def test_several_updates_a_rollout_need_the_checkpoint_before_them(root):
         replay(run, 4)
 
 
+@pytest.mark.slow
 def test_several_updates_an_epoch_come_out_to_the_bit_and_a_resume_goes_on_with_them(root):
     """Two parts of a rollout, each an update: the parts are dealt alike in the run, in the run that
     was stopped after step 2, and in the replay. JAX_ENABLE_X64 changes none of it."""

@@ -54,7 +54,7 @@ pytestmark = [
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
 TINY_BASE = Path(jgrpo.__file__).with_name("tiny") / "base"
-STEPS = 5
+STEPS = 3
 
 
 def steps_of(run: Path) -> list[dict]:
@@ -186,7 +186,7 @@ def test_a_run_goes_on_through_the_server(config, url, run, monkeypatch):
 
     def interrupted(*args, **kwargs):
         calls.append(1)
-        if len(calls) == 4:
+        if len(calls) == STEPS:
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
@@ -209,8 +209,7 @@ def test_a_run_goes_on_through_the_server(config, url, run, monkeypatch):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"use_kl_penalty": True, "beta": 0.04},
-        {"use_prm": True, "process_reward_weight": 0.5},
+        {"use_kl_penalty": True, "beta": 0.04, "use_prm": True, "process_reward_weight": 0.5},
         {"use_clip": True, "updates_per_epoch": 4, "use_importance_weights": True,
          "use_dynamic_sampling": True},
     ],

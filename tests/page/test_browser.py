@@ -114,6 +114,7 @@ def test_curves_of_seeds_are_a_mean_and_a_band_and_come_apart_by_a_click(page):
     assert [cell.text for cell in all_of(c, "#runs th")][:3] == ["run", "lora_r", "seed"]
 
 
+@pytest.mark.slow
 def test_a_run_is_hidden_by_a_click_and_shown_again(page):
     c = page("curves")
     count = "return document.querySelector('#curves .plot').data.length"
@@ -168,6 +169,7 @@ def test_arrow_keys_go_through_the_list_and_the_tabs(page):
     assert c.switch_to.active_element.get_attribute("id") == "tab-problem"
 
 
+@pytest.mark.slow
 def test_a_completion_leads_to_its_problem_in_all_runs(page):
     c = page("completions?run=0&step=2&row=4")
     wait(c, "#through").click()
@@ -188,6 +190,7 @@ def test_hostile_text_is_text(page):
     assert c.execute_script("return getComputedStyle(tokens).unicodeBidi") == "isolate"
 
 
+@pytest.mark.slow
 def test_megabytes_open_in_part_and_the_rest_on_demand(page):
     c = page("completions?run=2&step=4&row=1")
     more = "Show the other 2,950,000 characters"
@@ -198,6 +201,7 @@ def test_megabytes_open_in_part_and_the_rest_on_demand(page):
     assert c.execute_script(length) == 3_000_000
 
 
+@pytest.mark.slow
 def test_health_tells_each_value_of_worry(page):
     c = page("health")
     wait(c, "#healths")
@@ -222,8 +226,11 @@ def test_it_follows_a_run_that_goes_on(page, folder):
     until(c, "#runs td", "5 of 4")
 
 
-@pytest.mark.parametrize("dark", [False, True])
-@pytest.mark.parametrize("width", [1280, 400])
+@pytest.mark.parametrize(
+    ("width", "dark"),
+    [(400, True), *(pytest.param(*x, marks=pytest.mark.slow)
+                    for x in ((400, False), (1280, True), (1280, False)))],
+)  # fmt: skip
 def test_no_view_is_wider_than_the_screen(page, width, dark):
     for view in ("curves", "completions?run=2&step=4", "problem", "health", "report"):
         c = page(view, width=width, dark=dark)

@@ -47,7 +47,10 @@ def sampler(parts):
     return JaxSampler(*parts, stop_token_ids=STOPS, max_tokens=70, max_rows=64)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
+TEMPERATURES = [1.0, pytest.param(0.7, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
 def test_logprobs_equal_the_trainers(parts, sampler, temperature):
     groups = sampler.sample(PROMPTS, seeds=SEEDS, group_size=4, temperature=temperature)
     pairs = [(p, c) for p, group in zip(PROMPTS, groups, strict=True) for c in group]
@@ -111,6 +114,7 @@ def test_max_tokens_cuts_the_same_completions(sampler, max_tokens):
             assert s.finish_reason == ("stop" if ended else "length")
 
 
+@pytest.mark.slow
 def test_a_cache_that_is_read_by_sums_gives_the_same(parts, sampler, monkeypatch):
     expected = sampler.sample(PROMPTS, seeds=SEEDS, group_size=4)
     jax.clear_caches()
@@ -136,6 +140,7 @@ def test_members_of_a_group_differ_and_equal_seeds_repeat(sampler):
         assert len({tuple(c) for c in [*group, *others]}) == 8
 
 
+@pytest.mark.slow
 def test_chunks_and_neighbours_do_not_change_completions(parts, sampler):
     # max_rows 4 decodes one prompt at a time; alone, a prompt has another padded width.
     whole = ids_of(sampler.sample(PROMPTS, seeds=SEEDS, group_size=4))
@@ -155,7 +160,7 @@ def chi_square_p(counts: np.ndarray, p: np.ndarray) -> float:
     return float(scipy.stats.chi2.sf(statistic, len(pooled) - 1))
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("temperature", TEMPERATURES)
 def test_samples_follow_the_policy(parts, torch_policy, temperature):
     # 4096 completions of two tokens from 256 seeds. The second token is counted after the most
     # frequent first one: a random key used for both would bend it. The seeds are fixed.

@@ -1,9 +1,8 @@
 """What `--dry_run` says of memory: counted by hand, compiled, and before weights are read."""
 
 import re
-import subprocess
+import runpy
 import sys
-from pathlib import Path
 
 import jax
 import pytest
@@ -19,16 +18,15 @@ from tiny_run import (
 )
 
 from jgrpo import train as train_module
-from jgrpo.errors import RunError
+from jgrpo.errors import InputError, RunError
 from jgrpo.policy.adapter import adapter_arrays
 from jgrpo.run import memory as memory_module
 from jgrpo.run.memory import free_memory, largest_micro_batch, ran_out, training_memory
 from jgrpo.run.rundir import read_metrics
 from jgrpo.run.session import open_policy, sampled_at_once
-from jgrpo.train import train
+from jgrpo.train import dry_run, train
 from jgrpo.update.step import Update
 
-ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("shared_compilation_cache")
 
 
@@ -63,6 +61,7 @@ def test_weights_are_counted_and_activations_are_the_compiler_s(root):
     assert memory.activations > 4 * memory.batch.n_tokens * (4 * 64 + 3 * 96)
 
 
+@pytest.mark.slow
 def test_more_tokens_at_once_take_more(root):
     policy = open_policy(tiny_config(root), abstract=True)
     sizes = [
@@ -72,28 +71,24 @@ def test_more_tokens_at_once_take_more(root):
     assert 1.5 < sizes[1] / sizes[0] < 6
 
 
-def dry_run(file: Path, *args: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "jgrpo.train", "--config", str(file), "--dry_run", *args]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
-
-
-def test_a_dry_run_reads_no_weights_and_leaves_nothing(root, tmp_path):
+def test_a_dry_run_reads_no_weights_and_leaves_nothing(root, tmp_path, monkeypatch, capsys):
     write_base(tmp_path / "base")
     (tmp_path / "base" / "model.safetensors").unlink()
     config = tiny_config(root, model_id=str(tmp_path / "base"), base_dir=str(tmp_path / "runs"))
-    done = dry_run(write_config_file(tmp_path / "c.py", config))
-    assert done.returncode == 0, done.stderr
-    assert re.search(r"training phase at its peak +0\.\d{3} GiB", done.stdout)
-    assert "the embedded sampler decodes 32 of 32 completions at once" in done.stdout
+    file = write_config_file(tmp_path / "c.py", config)
+    monkeypatch.setattr(sys, "argv", ["train", "--config", str(file), "--dry_run"])
+    monkeypatch.setenv("GLIBC_TUNABLES", "")  # or else the process starts itself again
+    monkeypatch.delitem(sys.modules, "jgrpo.train")
+    runpy.run_module("jgrpo.train", run_name="__main__")
+    said = capsys.readouterr().out
+    assert re.search(r"training phase at its peak +0\.\d{3} GiB", said)
+    assert "the embedded sampler decodes 32 of 32 completions at once" in said
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_dry_run_finds_bad_input(root, tmp_path):
-    done = dry_run(
-        write_config_file(tmp_path / "c.py", tiny_config(root)), "--max_prompt_tokens", "2"
-    )
-    assert done.returncode == 2
-    assert "no training problem is left" in done.stderr
+def test_a_dry_run_finds_bad_input(root):
+    with pytest.raises(InputError, match="no training problem is left"):
+        dry_run(tiny_config(root, max_prompt_tokens=2))
 
 
 def test_what_does_not_fit_is_said_with_the_knobs(root):
@@ -140,6 +135,7 @@ def test_running_out_of_memory_ends_the_run_with_the_knobs_and_a_checkpoint(root
     assert "stopped after step 1; to go on: python -m jgrpo.train --resume" in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_model_that_is_not_small_tries_its_largest_micro_batch_before_it_samples(
     root, monkeypatch
 ):
