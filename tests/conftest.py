@@ -5,6 +5,7 @@ Initial weights of 0.02 would make every layer nearly the identity; here each li
 variance of its input, and norm weights, biases and B are far from 1, 0 and 0.
 """
 
+import gc
 import os
 import signal
 
@@ -64,6 +65,9 @@ def pytest_terminal_summary(terminalreporter, config):
     if is_short(config):
         terminalreporter.write_line("the long tests, and vLLM's, were left out: pytest --all")
 
+
+# At 700, a tenth of the time that JAX traces is the collector's.
+gc.set_threshold(50_000)
 
 # A shell's background jobs ignore Ctrl-C, and so would all that a test starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)

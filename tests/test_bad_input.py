@@ -743,7 +743,13 @@ def refusal(line: str, monkeypatch, capsys) -> str:
     return err
 
 
-@pytest.mark.parametrize("name", CASES)
+SOME = [*CASES][::4]  # of a bare pytest
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name in SOME else [pytest.mark.slow]) for name in CASES],
+)
 def test_bad_input_is_refused_with_its_name_and_the_remedy(name, place, monkeypatch, capsys):
     case = CASES[name]
     case.damage(place)

@@ -34,7 +34,7 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def config(root):
-    return tiny_config(root, lr=3e-3, n_grpo_steps=16, eval_every=16, lora_r=1)
+    return tiny_config(root, lr=6e-3, n_grpo_steps=8, eval_every=8, lora_r=1)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def of_step(run: Path, step: int) -> dict:
 
 
 def test_base_and_adapter_score_as_in_the_run(run, config, root, tmp_path, capsys):
-    first, last = of_step(run, 0), of_step(run, 16)
+    first, last = of_step(run, 0), of_step(run, 8)
     assert first != last  # otherwise it would not matter whether the adapter is loaded
     base = evaluate.run(cli.Evaluate(options=config))
     intervals = base.pop("intervals")
@@ -57,11 +57,11 @@ def test_base_and_adapter_score_as_in_the_run(run, config, root, tmp_path, capsy
     assert json.loads(line) == {"adapter": None, **first, "intervals": intervals}
     low, high = intervals["eval/accuracy"]
     assert 0 <= low <= first["eval/accuracy"] <= high <= 1
-    folder, out = run / "adapters" / "step_000016", tmp_path / "completions.jsonl"
+    folder, out = run / "adapters" / "step_000008", tmp_path / "completions.jsonl"
     # the adapter's own rank and alpha hold, not the config's
     other = dataclasses.replace(config, lora_r=2, lora_alpha=1)
     figures = evaluate.run(cli.Evaluate(options=other, adapter=folder, out=out))
-    assert figures.items() >= {"adapter": str(folder), "step": 16, **last}.items()
+    assert figures.items() >= {"adapter": str(folder), "step": 8, **last}.items()
     rows = read_lines(out)
     assert len(rows) == last["eval/total"] == 8
     assert sum(row["correct"] for row in rows) == last["eval/correct"]
@@ -74,21 +74,21 @@ def test_base_and_adapter_score_as_in_the_run(run, config, root, tmp_path, capsy
 @pytest.mark.slow
 def test_the_command_prints_the_figures_last(run, config, tmp_path):
     file = write_config_file(tmp_path / "c.py", config)
-    adapter = str(run / "adapters" / "step_000016")
+    adapter = str(run / "adapters" / "step_000008")
     done = subprocess.run(
         [sys.executable, "-m", "jgrpo.evaluate", "--config", str(file), "--adapter", adapter],
         capture_output=True, text=True, cwd=Path(__file__).parent.parent, env=os.environ,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     [line] = done.stdout.splitlines()
-    wanted = {"adapter": adapter, "step": 16, **of_step(run, 16)}
+    wanted = {"adapter": adapter, "step": 8, **of_step(run, 8)}
     assert json.loads(line).items() >= wanted.items()
     assert "accuracy" in done.stderr  # the table
     assert len(read_lines(run / "eval.jsonl")) == 8
 
 
 def test_a_run_brings_its_config_and_its_adapters(run):
-    last, first = run / "adapters" / "step_000016", run / "adapters" / "step_000000"
+    last, first = run / "adapters" / "step_000008", run / "adapters" / "step_000000"
     for argv, adapter in (
         (["--run", str(run)], last),
         (["--run", str(run), "--step", "0"], first),
@@ -135,7 +135,7 @@ def test_what_cannot_be_evaluated_is_told_before_anything_is_computed(config, tm
 def test_an_adapter_of_another_model_is_refused(run, config, tmp_path):
     from safetensors.numpy import load_file, save_file
 
-    source, folder = run / "adapters" / "step_000016", tmp_path / "other"
+    source, folder = run / "adapters" / "step_000008", tmp_path / "other"
     folder.mkdir()
     (folder / "adapter_config.json").write_text((source / "adapter_config.json").read_text())
     arrays = load_file(source / "adapter_model.safetensors")
@@ -187,9 +187,9 @@ def test_every_step_of_a_run_against_the_base(run, tmp_path, capsys):
     figures = evaluate.run(command)
     base, *steps = figures["results"]
     assert base["adapter"] is None
-    assert [r["step"] for r in steps] == list(range(17))
+    assert [r["step"] for r in steps] == list(range(9))
     assert steps[0]["eval/accuracy"] == base["eval/accuracy"]  # a fresh adapter changes nothing
-    for row in (of_step(run, 0), of_step(run, 16)):
+    for row in (of_step(run, 0), of_step(run, 8)):
         assert row in [{k: r[k] for k in row} for r in steps]
     last = figures["comparisons"][-1]
     gain = steps[-1]["eval/accuracy"] - base["eval/accuracy"]
@@ -212,7 +212,7 @@ def test_adapters_of_different_rank_are_compared(root, run, tmp_path):
     figures = evaluate.run(cli.parse(cli.Evaluate, [*argv, str(tmp_path / "fresh")]))
     first, second = figures["results"]
     assert {k: first[k] for k in of_step(run, 0)} == of_step(run, 0)
-    assert {k: second[k] for k in of_step(run, 16)} == of_step(run, 16)
+    assert {k: second[k] for k in of_step(run, 8)} == of_step(run, 8)
     with pytest.raises(InputError, match="is what is evaluated"):
         evaluate.run(cli.parse(cli.Evaluate, [*argv, str(run)]))
 

@@ -28,6 +28,19 @@ class Case(NamedTuple):
         return f"{self.name} {self.options}{' to base' * self.to_base}"
 
 
+def marked(cases: list[Case]) -> list:
+    """Those whose options stand in another case as well, among other options, are the long ones."""
+    return [pytest.param(c, marks=[pytest.mark.slow] if is_part(c) else []) for c in cases]
+
+
+def is_part(case: Case) -> bool:
+    return any(
+        (case.name, case.to_base) == (other.name, other.to_base)
+        and case.options.items() < other.options.items()
+        for other in CASES
+    )
+
+
 HIGHER = {"clip_eps": 0.1, "clip_eps_high": 0.15}
 WEIGHTS_CAP = 1.1
 WEIGHTS = {"importance_cap": WEIGHTS_CAP}
@@ -61,7 +74,7 @@ CASES = [
     Case("dppo", {"max_difference": 0.03}),
     Case("dppo", {"max_difference": 0.03, "token_level": True, "beta": 0.3} | WEIGHTS),
 ]
-each_case = pytest.mark.parametrize("case", CASES, ids=str)
+each_case = pytest.mark.parametrize("case", marked(CASES), ids=str)
 
 ADVANTAGES = np.array([1.3, -0.8, 0.6, -1.1, 0.9])
 MASK = np.array(
@@ -220,7 +233,7 @@ def test_value_and_gradient_equal_torch(case):
 WEIGHTS_ALONE = [c for c in CASES if c.name != "cispo" or "beta" not in c.options or c.to_base]
 
 
-@pytest.mark.parametrize("case", WEIGHTS_ALONE, ids=str)
+@pytest.mark.parametrize("case", marked(WEIGHTS_ALONE), ids=str)
 def test_gradient_equals_finite_differences(case):
     """By every logprob and every entropy. CISPO's weights are constants: there old and sampler
     logprobs move along, which keeps the weights (and would keep a KL to the old policy as well)."""

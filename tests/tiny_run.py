@@ -163,18 +163,19 @@ def same_bits(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
 
 
 def peft_logprobs(base: Path, adapter: Path, rows: list[dict], temperature: float) -> list[float]:
-    """Logprobs of rollout rows' tokens by transformers and PEFT, one after another."""
+    """Logprobs of rollout rows' tokens by transformers and PEFT, one after another: in one pass,
+    filled up on the right, where no token sees it."""
     from peft import PeftModel
 
     model: Any = Qwen3ForCausalLM.from_pretrained(base, dtype=torch.float32)
     model = PeftModel.from_pretrained(model, adapter)
+    texts = [torch.tensor(row["prompt_ids"] + row["token_ids"]) for row in rows]
+    with torch.no_grad():
+        logits = model(torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)).logits
     values = []
-    for row in rows:
-        prompt, ids = row["prompt_ids"], row["token_ids"]
-        with torch.no_grad():
-            logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
-        table = torch.log_softmax(logits / temperature, dim=-1)
-        values += table[torch.arange(len(ids)), torch.tensor(ids)].tolist()
+    for row, table in zip(rows, torch.log_softmax(logits / temperature, dim=-1), strict=True):
+        start, ids = len(row["prompt_ids"]) - 1, torch.tensor(row["token_ids"])
+        values += table[start + torch.arange(len(ids)), ids].tolist()
     return values
 
 

@@ -56,7 +56,7 @@ def folder(tmp_path_factory):
 def page(chromium, folder):
     """Opens the page at a view; whatever its console says at the end is a failure."""
     with Server(given([folder]), 0) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
         chromium.get_log("browser")
         yield partial(opened, chromium, server.url)
         assert chromium.execute_script("return window.broken") is None

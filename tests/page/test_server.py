@@ -19,7 +19,7 @@ def server(tmp_path):
     run = a_run(tmp_path / "a")
     write_rollouts(run, 9, [completion(HOSTILE, HOSTILE, right=False, advantage=0.0)])
     with Server(Runs([run]), 0) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
         yield server
         server.shutdown()
 

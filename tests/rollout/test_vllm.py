@@ -111,7 +111,9 @@ def test_a_greedy_group_is_one_completion_repeated(url, fake):
         [(CUT, {"choices": []})],
         [(200, b'{"choices": [{"index"')],  # a proxy passed on what it got, as if it were all
         [(500, b"oops"), (500, b"oops")],
-        [(503, WRONG), (502, b""), (429, WRONG), (408, b"")],
+        pytest.param(
+            [(503, WRONG), (502, b""), (429, WRONG), (408, b"")], marks=pytest.mark.slow
+        ),  # the waits become longer
     ],
 )
 def test_a_server_that_comes_back_is_not_noticed(url, fake, faults):
@@ -157,6 +159,7 @@ def test_waiting_is_told_once_for_all_requests_and_now_and_again(url, fake, capl
     assert told[0] == 2
 
 
+@pytest.mark.slow
 def test_a_server_that_was_away_has_as_long_to_answer_as_any(url, fake, monkeypatch):
     """The wait for it, 2 of the 3 s, is not taken from the 2 s that the answer needs."""
     monkeypatch.setattr(server.tenacity, "wait_random_exponential", lambda **_: lambda _: 0.1)

@@ -129,7 +129,10 @@ def raw_logprobs(monkeypatch, policy) -> None:
     monkeypatch.setattr(JaxSampler, "sample", sample)
 
 
-@pytest.mark.parametrize(("dtype", "temperature"), [("float32", 1.5), ("bfloat16", 0.5)])
+@pytest.mark.parametrize(
+    ("dtype", "temperature"),
+    [("float32", 1.5), pytest.param("bfloat16", 0.5, marks=pytest.mark.slow)],
+)
 def test_logprobs_from_before_the_temperature_are_caught(
     dtype, temperature, root, tmp_path, monkeypatch
 ):
@@ -140,7 +143,7 @@ def test_logprobs_from_before_the_temperature_are_caught(
         probe(parts, tmp_path)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_the_probe_works_on_fresh_random_weights(dtype, root, tmp_path):
     """As transformers makes them: logits so small that no adapter can shift them by 0.3 nats."""
     base = tmp_path / "base"
