@@ -3,7 +3,7 @@
 A prompt is there once for all its completions in a micro-batch. These are packed, several short
 ones to a row, into rows that belong to one prompt each. Prompts and rows are padded, but only
 attention sees them so: the rest of the model computes their tokens one after another. How many
-prompts and rows there are is chosen to waste the least.
+prompts, rows and tokens there are is chosen, of a few sizes, to waste the least.
 
 Axes: P prompts of S tokens; R rows of U tokens, packed with completions; M tokens that are computed
 of the P S + R U slots; N completions of at most U tokens, as the loss sees them.
@@ -11,17 +11,20 @@ of the P S + R U slots; N completions of at most U tokens, as the loss sees them
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby, product
+from itertools import groupby
+from math import ceil
 from typing import NamedTuple
 
 import numpy as np
 
-SMALLEST_BUCKET, SMALLEST_PROMPT, SMALLEST_ROW = 16, 32, 64
+SMALLEST_BUCKET, SMALLEST_PROMPT, SMALLEST_ROW = 16, 64, 64
+EIGHTHS = (1, 2, 3, 5, 7)
+"""How many tokens a micro-batch may have, in eighths of the most. Few: each is a compilation."""
+ROOM = 1.25
+"""Rows have room for so many times its tokens: completions do not fill them."""
 SLOT_COST, BATCH_COST = 0.15, 32
 """What a slot costs (attention alone), and what a micro-batch costs beside its tokens (the weights
 are read), in tokens."""
-SHAPE_WORTH = 1.02
-"""What may be paid for a shape that is likely to come again, as a factor: each is a compilation."""
 
 
 @dataclass(frozen=True)
@@ -132,38 +135,57 @@ def micro_batches(
 ) -> list[MicroBatch]:
     """The completions of `index` as micro-batches of one shape.
 
-    Each has at most as many tokens as micro_batch_size rows of the longest bucket, but at least one
-    row. Shapes are few, since each is a compilation: prompts and rows are as wide as their limits
-    or half as wide, and so on (but not too narrow: rows are shared), and there are a few shapes to
-    choose from for each pair of widths, by what they compute: of those that cost about the least,
-    the one of the most tokens.
+    Each has at most as many tokens as micro_batch_size rows of the longest bucket, but has room for
+    a prompt with a row. Shapes are few, since each is a compilation: prompts and rows are as wide
+    as their limits or half as wide, and so on (but not too narrow: rows are shared), and a pair of
+    widths has six (`_shapes`), of which it is the cheapest for this rollout. Nothing else decides,
+    and no rollout before it: a resumed run and a replayed step sum in the same order.
     """
     if not len(index):
         return []
+    plans = _plans(rows, index, micro_batch_size, max_prompt_tokens, max_tokens)
+    shape, batches = min(plans, key=lambda plan: len(plan[1]) * plan[0].cost)
+    return [_fill(rows, shape, parts) for parts in batches]
+
+
+def largest_micro_batch(
+    rows: Rows, *, micro_batch_size: int, max_prompt_tokens: int, max_tokens: int
+) -> MicroBatch:
+    """Of the shapes that rollouts as wide as this one have, the one that computes the most, full of
+    it."""
+    index = np.arange(len(rows.completions))
+    plans = _plans(rows, index, micro_batch_size, max_prompt_tokens, max_tokens)
+    shape, batches = max(plans, key=lambda plan: plan[0].cost)
+    return _fill(rows, shape, batches[0])
+
+
+def _plans(rows, index, micro_batch_size, max_prompt_tokens, max_tokens):
+    """The shapes that a rollout may have, and how it is cut for each."""
     runs = [list(g) for _, g in groupby(rows.prompts, tuple)]  # of one prompt, which may come again
     run_of = [n for n, run in enumerate(runs) for _ in run]
     groups = [list(g) for _, g in groupby(index, run_of.__getitem__)]
     s = width(max(SMALLEST_PROMPT, *(len(rows.prompts[g[0]]) for g in groups)), max_prompt_tokens)
     u = width(max(SMALLEST_ROW, *(len(rows.completions[i]) for i in index)), max_tokens)
-    most = max(map(len, runs))
     packed = [_pack(rows, group, u) for group in groups]
     limit = micro_batch_size * bucket(max_prompt_tokens + max_tokens)
-    step = limit // 8  # a bucket is divisible by 8
-    plans = []
-    for tokens, slots_a_token, rows_a_prompt in product(
-        range(4 * step, limit + 1, step), (1, 1.5), (2**i for i in range(most.bit_length()))
-    ):
-        slots = tokens * slots_a_token
-        p = max(1, int(slots / (s + rows_a_prompt * u)))
-        r = min(rows_a_prompt * p, max(1, int((slots - p * s) / u)))
-        batches = _fill_up(rows, packed, Shape(p, s, r, u, most, tokens))
-        m = max(_n_tokens(rows, parts) for parts in batches)
-        m = -(-m // step) * step
-        plans.append((Shape(p, s, r, u, most, min(m, p * s + r * u)), batches))
-    costs = [len(batches) * shape.cost for shape, batches in plans]
-    cheap = [plan for plan, c in zip(plans, costs, strict=True) if c <= SHAPE_WORTH * min(costs)]
-    shape, batches = max(cheap, key=lambda plan: (plan[0].m, plan[0].n_slots))
-    return [_fill(rows, shape, parts) for parts in batches]
+    shapes = _shapes(limit, s, u, max(map(len, runs)))
+    return [(shape, _fill_up(rows, packed, shape)) for shape in shapes]
+
+
+def _shapes(limit: int, s: int, u: int, g: int) -> list[Shape]:
+    """Those that a rollout may have. One is for completions as long as they may be: whole groups, a
+    row each, nothing left over. In the others prompts are as many as M tokens hold with their
+    completions, if those are 0.4 times as long and prompts half as long as they may be, and one,
+    since groups are cut."""
+    p = max(1, limit // (s + g * u))
+    r = max(1, min(p * g, (limit - p * s) // u))
+    shapes = [Shape(p, s, r, u, g, p * s + r * u)]
+    for m in (limit * eighths // 8 for eighths in EIGHTHS):
+        if m >= s + u:
+            r = ceil(ROOM * m / u)
+            p = min(r, ceil(m / (0.5 * s + 0.4 * g * u)) + 1)
+            shapes.append(Shape(p, s, r, u, g, min(m, p * s + r * u)))
+    return shapes
 
 
 def _row_tokens(rows: Rows, row: Sequence[int]) -> int:

@@ -11,7 +11,8 @@ import numpy as np
 from jax.errors import JaxRuntimeError
 
 from jgrpo.config import Config
-from jgrpo.policy.batch import MicroBatch, Rows, micro_batches
+from jgrpo.policy import batch
+from jgrpo.policy.batch import MicroBatch, Rows
 from jgrpo.run.device import free_memory
 from jgrpo.run.session import Policy, sampled_at_once
 from jgrpo.update.learner import Learner
@@ -59,21 +60,21 @@ class Memory:
 
 
 def largest_micro_batch(config: Config, prompt_lengths: Sequence[int]) -> MicroBatch:
-    """Of a rollout in which every completion is as long as it may be, after the longest prompts."""
+    """The largest that a rollout may be cut into, with completions that are as long as they may be,
+    after the longest prompts."""
     c = config
     longest = sorted(prompt_lengths)[-c.n_prompts_per_step :]
     prompts = [[p] * n for p, n in enumerate(longest) for _ in range(c.group_size)]
     completions = [[0] * c.max_tokens] * len(prompts)
     logprobs = [[0.0] * c.max_tokens] * len(prompts)
-    rows = Rows(prompts, completions, logprobs, np.ones(len(prompts), np.float32))
-    index = np.arange(len(prompts) // c.updates_per_epoch)
-    return micro_batches(
-        rows,
-        index,
+    advantages = np.ones(len(prompts) // c.updates_per_epoch, np.float32)
+    whole = slice(len(advantages))
+    return batch.largest_micro_batch(
+        Rows(prompts[whole], completions[whole], logprobs[whole], advantages),
         micro_batch_size=c.micro_batch_size,
         max_prompt_tokens=c.max_prompt_tokens,
         max_tokens=c.max_tokens,
-    )[0]
+    )
 
 
 def training_memory(config: Config, policy: Policy, prompt_lengths: Sequence[int]) -> Memory:

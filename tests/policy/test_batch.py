@@ -55,16 +55,16 @@ def test_a_micro_batch_by_hand():
     third prompt only fills up."""
     rows = make_rows([(3, [40, 36, 28]), (2, [1])])
     (batch,) = cut(rows, np.arange(4), 5, (24, 40))
-    assert (batch.prompts.shape, batch.rows.shape, batch.mask.shape) == ((3, 32), (3, 64), (9, 64))
+    assert (batch.prompts.shape, batch.rows.shape, batch.mask.shape) == ((3, 64), (4, 64), (9, 64))
     assert batch.prompts[:, :4].tolist() == [[1, 2, 3, 0], [108, 109, 0, 0], [0] * 4]
     assert batch.prompt_lengths.tolist() == [3, 2, 1]
     first, second, third = (list(range(a, b)) for a, b in ((4, 44), (44, 80), (80, 108)))
     # The row of 36 has room for the 28, that of 40 has not.
-    assert batch.rows.tolist() == [first + [0] * 24, second + third, [110, *[0] * 63]]
+    assert batch.rows.tolist() == [first + [0] * 24, second + third, [110, *[0] * 63], [0] * 64]
     assert batch.segments.tolist() == [
-        [1] * 40 + [0] * 24, [1] * 36 + [2] * 28, [1, *[0] * 63],
+        [1] * 40 + [0] * 24, [1] * 36 + [2] * 28, [1, *[0] * 63], [0] * 64,
     ]  # fmt: skip
-    assert batch.row_prompts.tolist() == [0, 0, 1]
+    assert batch.row_prompts.tolist() == [0, 0, 1, 0]
     assert batch.starts[:4].tolist() == [0, 64, 100, 128]
     assert batch.mask.sum(axis=1).tolist() == [40, 36, 28, 1] + [0] * 5
     assert batch.advantages.tolist() == [1, 2, 3, 4] + [0] * 5
@@ -92,15 +92,15 @@ def realistic_rows(seed: int) -> Rows:
     return make_rows([(int(rng.integers(50, 200)), group) for group in lengths])
 
 
-@pytest.mark.parametrize(("micro_batch_size", "slots"), [(4, 1.6), (8, 1.62), (16, 1.6)])
-def test_realistic_rollouts_are_packed_with_little_waste(micro_batch_size, slots):
+@pytest.mark.parametrize("micro_batch_size", [4, 8, 16])
+def test_realistic_rollouts_are_packed_with_little_waste(micro_batch_size):
     """One row for each completion would compute 2.5 times their tokens, and the prompts eight
     times."""
     rows = realistic_rows(0)
     batches = cut(rows, np.arange(256), micro_batch_size, (256, 1024))
     useful = sum(map(len, rows.completions)) + sum(map(len, rows.prompts[::8]))
-    assert sum(b.n_tokens for b in batches) < 1.15 * useful
-    assert sum(b.prompts.size + b.rows.size for b in batches) < slots * useful
+    assert sum(b.n_tokens for b in batches) < 1.2 * useful
+    assert sum(b.prompts.size + b.rows.size for b in batches) < 1.75 * useful
     assert len({b.rows.shape for b in batches}) == 1
 
 
@@ -180,9 +180,9 @@ def test_a_prompt_that_comes_twice_has_two_groups():
     assert seen == index.tolist()
 
 
-@pytest.mark.parametrize(("micro_batch_size", "most"), [(4, 4), (8, 8)])
+@pytest.mark.parametrize(("micro_batch_size", "most"), [(4, 3), (8, 3)])
 def test_a_run_meets_few_shapes(micro_batch_size, most):
-    """Each is a compilation. The cheapest plans alone have 5 and 12 shapes."""
+    """Each is a compilation. With any number of prompts and rows there would be 5 and 12."""
     shapes = set()
     for seed in range(30):
         batches = cut(realistic_rows(seed), np.arange(256), micro_batch_size, (256, 1024))

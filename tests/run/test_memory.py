@@ -5,6 +5,7 @@ import runpy
 import sys
 
 import jax
+import numpy as np
 import pytest
 from jax.errors import JaxRuntimeError
 from tiny_run import (
@@ -20,6 +21,7 @@ from tiny_run import (
 from jgrpo import train as train_module
 from jgrpo.errors import InputError, RunError
 from jgrpo.policy.adapter import adapter_arrays
+from jgrpo.policy.batch import SLOT_COST, Rows, micro_batches
 from jgrpo.run import memory as memory_module
 from jgrpo.run.memory import free_memory, largest_micro_batch, ran_out, training_memory
 from jgrpo.run.rundir import read_metrics
@@ -38,14 +40,27 @@ def root(tmp_path_factory):
     return folder
 
 
-def test_the_largest_micro_batch_is_that_of_completions_as_long_as_they_may_be(root):
+def test_the_largest_micro_batch_has_completions_as_long_as_they_may_be(root):
     config = tiny_config(root, micro_batch_size=8, max_tokens=20)
     batch = largest_micro_batch(config, [3, 18, 5, 7, 2, 18])
-    # Two groups are 18 + 8 x 20 tokens each, three completions to a row of 64: all of their 2 x 178
-    # go into one micro-batch of at most 8 x bucket(38) = 384 tokens.
-    assert (batch.prompts.shape, batch.rows.shape, batch.n_tokens) == ((3, 32), (6, 64), 384)
-    assert batch.mask.sum() == 2 * 8 * 20
+    # At most 8 x bucket(38) = 384 tokens: a prompt and 5 rows of 64, all of it computed, which is
+    # more than seven eighths with more slots. Eight completions are three to a row.
+    assert (batch.prompts.shape, batch.rows.shape, batch.n_tokens) == ((1, 64), (5, 64), 384)
+    assert batch.mask.sum() == 8 * 20
     assert batch.mask.sum(axis=1).max() == 20
+
+
+def test_no_rollout_has_a_larger_micro_batch(root):
+    config, rng = tiny_config(root, max_tokens=100), np.random.default_rng(0)
+    computed = lambda b: b.n_tokens + SLOT_COST * (b.prompts.size + b.rows.size)  # noqa: E731
+    largest = computed(largest_micro_batch(config, [18] * 8))
+    limits = {"micro_batch_size": 8, "max_prompt_tokens": 18, "max_tokens": 100}
+    for mean in (5, 20, 50, 100):
+        completions = [[0] * n for n in np.minimum(100, 1 + rng.poisson(mean, 32))]
+        prompts = [[i // 8] * 18 for i in range(32)]
+        rows = Rows(prompts, completions, completions, np.ones(32, np.float32))
+        batch = micro_batches(rows, np.arange(32), **limits)[0]
+        assert computed(batch) <= 1.02 * largest  # rows are rounded up
 
 
 def test_weights_are_counted_and_activations_are_the_compiler_s(root):
