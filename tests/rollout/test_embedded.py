@@ -23,9 +23,11 @@ from transformers import TopPLogitsWarper
 import jgrpo
 from jgrpo.policy.batch import Rows
 from jgrpo.policy.logprobs import token_logprobs
+from jgrpo.rollout import embedded
 from jgrpo.rollout.embedded import JaxSampler
 
 STOPS = (11, 40)
+MANY_STOPS = (*STOPS, 41, 42, 43)
 SEEDS = [101, 202, 303]
 
 
@@ -124,6 +126,71 @@ def test_a_cache_that_is_read_by_sums_gives_the_same(parts, sampler, monkeypatch
     assert ids_of(got) == ids_of(expected)
     for a, b in zip(chain(*got), chain(*expected), strict=True):
         np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
+
+
+@pytest.fixture
+def packings(monkeypatch) -> list[int]:
+    """How many rows there were each time that a batch was packed."""
+    seen, packed = [], embedded.packed
+    monkeypatch.setattr(embedded, "packed", lambda *x: (seen.append(x[-1]), packed(*x))[1])
+    return seen
+
+
+def plainly_sampled(parts, group_size: int, max_tokens: int) -> list[list[list[int]]]:
+    """The same draws, with the model called on whole sequences, all rows to the end."""
+    prompts = [p for p in PROMPTS for _ in range(group_size)]
+    lengths = np.array([len(p) for p in prompts])
+    ids = np.zeros((len(prompts), lengths.max() + max_tokens), np.int32)
+    for row, prompt in zip(ids, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    keys = [jax.random.fold_in(jax.random.key(s), g) for s in SEEDS for g in range(group_size)]
+    model, keys = merged(*parts), jax.numpy.stack(keys)
+
+    @jax.jit
+    def draw(ids, t):
+        logits = model(ids)[np.arange(len(ids)), lengths - 1 + t]
+        of_row = lambda key, row: jax.random.categorical(jax.random.fold_in(key, t), row)  # noqa: E731
+        return jax.vmap(of_row)(keys, logits)
+
+    for t in range(max_tokens):
+        ids[np.arange(len(ids)), lengths + t] = draw(ids, t)
+    rows = [row[n : n + max_tokens].tolist() for row, n in zip(ids, lengths, strict=True)]
+    ends = [next((t + 1 for t, x in enumerate(row) if x in MANY_STOPS), max_tokens) for row in rows]
+    cut = [row[:end] for row, end in zip(rows, ends, strict=True)]
+    return [cut[i : i + group_size] for i in range(0, len(cut), group_size)]
+
+
+def test_rows_that_leave_change_nothing(parts, packings, monkeypatch):
+    """48 rows of 64 (the others fill up) become 32 and 16 as they end; what is sampled is what the
+    model on whole sequences samples."""
+    sampler = JaxSampler(*parts, stop_token_ids=MANY_STOPS, max_tokens=40, max_rows=64)
+    told = []
+    groups = sampler.sample(
+        PROMPTS, seeds=SEEDS, group_size=16, progress=lambda *news: told.append(news)
+    )
+    assert packings == [32, 16]
+    assert ids_of(groups) == plainly_sampled(parts, 16, 40)
+    tokens = sum(len(c.token_ids) for group in groups for c in group)
+    assert [sum(news) for news in zip(*told, strict=True)] == [48, tokens]
+    monkeypatch.setattr(embedded, "HALVINGS", 0)
+    stayed = sampler.sample(PROMPTS, seeds=SEEDS, group_size=16)
+    assert len(packings) == 2  # none since
+    for a, b in zip(chain(*groups), chain(*stayed), strict=True):
+        assert (a.token_ids, a.finish_reason) == (b.token_ids, b.finish_reason)
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("group_size", "max_tokens", "leave"), [(16, 40, False), (16, 60, True), (1, 40, True)]
+)
+def test_rows_leave_where_prompts_of_their_own_take_no_more_than_what_left(
+    parts, packings, group_size, max_tokens, leave
+):
+    """A packed row has its prompt's keys and values for itself: 48 tokens here."""
+    sampler = JaxSampler(*parts, stop_token_ids=MANY_STOPS, max_tokens=60, max_rows=64)
+    prompts = [[*range(2, 2 + 33)]] * (48 // group_size)
+    sampler.sample(prompts, seeds=range(len(prompts)), group_size=group_size, max_tokens=max_tokens)
+    assert bool(packings) == leave
 
 
 def ids_of(groups) -> list[list[list[int]]]:

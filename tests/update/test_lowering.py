@@ -2,6 +2,7 @@
 not be in them, and for each that it would be found."""
 
 import re
+from functools import partial
 from math import prod
 
 import jax
@@ -17,6 +18,7 @@ from jgrpo.policy import backend
 from jgrpo.policy.batch import MicroBatch, Rows
 from jgrpo.policy.lora import split
 from jgrpo.policy.weights import load_model
+from jgrpo.rollout.decoding import grown
 from jgrpo.rollout.embedded import JaxSampler
 from jgrpo.update.step import Update, _stacked, adam
 
@@ -71,6 +73,7 @@ def sampler_texts(parts) -> list[str]:
         lambda *x: sampler._first(*x, 1.0, None, group_size=4, greedy=False),
         logits, prefix, keys, np.ones(2, bool),
     )  # fmt: skip
+    state = jax.eval_shape(partial(grown, capacity=64), state)
     decode = lowered(
         sampler._decode, *given, prefix, keys, 1.0, None, state=state, capacity=64, greedy=False
     )

@@ -1,0 +1,235 @@
+"""The embedded sampler's programs, on arrays alone: prompts are prefilled, rows are decoded in step
+as far as their cache has room, and are packed into a smaller batch or given more room.
+
+Axes beside the usual: P prompts, G completions of each, S prompt tokens, U generated tokens. Packed
+rows are P groups of one. What comes to be one value a prompt [P] or a row [P, G] is packed alike.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.tree_util import Partial
+
+from jgrpo.policy.attention import MASKED, attention, causal_mask
+from jgrpo.policy.backend import backend
+from jgrpo.policy.tracing import traced
+
+
+class Prefix(NamedTuple):
+    """The prompts as the decode loop sees them."""
+
+    keys: jax.Array
+    """[L, P, S, K, C]"""
+    values: jax.Array
+    lengths: jax.Array
+    """int32 [P]"""
+
+
+class Decoding(NamedTuple):
+    """The state of the loop: `t` tokens of a row are sampled, unless it has ended before, and t - 1
+    of them are cached."""
+
+    t: jax.Array
+    tokens: jax.Array
+    """int32 [P, G, U]"""
+    logprobs: jax.Array
+    """float32 [P, G, U]"""
+    lengths: jax.Array
+    """int32 [P, G]: tokens of the row so far, its end token included"""
+    done: jax.Array
+    """bool [P, G]"""
+    keys: jax.Array
+    """[L, P, G, K, U, C]"""
+    values: jax.Array
+
+
+@partial(jax.jit, static_argnames="group_size")
+def row_keys(seeds: jax.Array, group_size: int) -> jax.Array:
+    """One key a row [P, G], from its prompt's seed and its place in the group alone."""
+    fold = jax.vmap(jax.random.fold_in, (None, 0))
+    return jax.vmap(lambda seed: fold(jax.random.key(seed), jnp.arange(group_size)))(seeds)
+
+
+def _pick(logits, keys, t, temperature, top_p, greedy):
+    """float32 logits [P, G, V] -> token and logprob [P, G], at the temperature and top_p."""
+    logits = logits / temperature
+    if top_p is not None:
+        logits = _nucleus(logits, top_p)
+    if greedy:
+        token = jnp.argmax(logits, axis=-1)
+    else:
+        draw = lambda key, row: jax.random.categorical(jax.random.fold_in(key, t), row)  # noqa: E731
+        token = jax.vmap(jax.vmap(draw))(keys, logits)
+    chosen = jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0]
+    return token, chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
+def _nucleus(logits, top_p):
+    """The logits of the fewest likeliest tokens that have `top_p` of the probability; the others
+    are masked (Holtzman et al. 2020). Tokens as likely as the last of them stay too."""
+    ranked = jnp.sort(logits, axis=-1, descending=True)
+    probabilities = jax.nn.softmax(ranked, axis=-1)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    least = jnp.min(jnp.where(before < top_p, ranked, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(logits >= least, logits, MASKED)
+
+
+def prefill(graph, adapter, base, ids, lengths) -> tuple[jax.Array, Prefix]:
+    """Prompts [P, S] -> logits after the last token of each [P, V], and their prefix."""
+    traced("prefill", "prompts {} x {}".format(*ids.shape))
+    model = nnx.merge(graph, adapter, base)
+    positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+    mask = causal_mask((positions < lengths[:, None]).astype(jnp.int32))
+    attend = Partial(lambda mask, q, k, v, _: (attention(q, k, v, mask), (k, v)), mask)
+    hidden, (keys, values) = model.model(ids, positions, attend)
+    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    return model.logits(last), Prefix(keys, values, lengths)
+
+
+def first_tokens(stops, logits, prefix, keys, real, temperature, top_p=None, *, group_size, greedy):
+    """The state after the first token of every row; rows that only fill up are done already."""
+    layers, p, _, kv_heads, c = prefix.keys.shape
+    traced("first tokens", f"rows {p} x {group_size}")
+    logits = jnp.broadcast_to(logits[:, None], (p, group_size, logits.shape[-1]))
+    token, logprob = _pick(logits, keys, 0, temperature, top_p, greedy)
+    empty = jnp.zeros((layers, p, group_size, kv_heads, 1, c), prefix.keys.dtype)
+    return Decoding(
+        t=jnp.ones((), jnp.int32),
+        tokens=token[..., None].astype(jnp.int32),
+        logprobs=logprob[..., None],
+        lengths=jnp.ones((p, group_size), jnp.int32),
+        done=jnp.isin(token, jnp.array(stops)) | ~real[:, None],
+        keys=empty,
+        values=empty,
+    )
+
+
+def decode(
+    graph, stops, adapter, base, prefix, keys, temperature, top_p=None, smaller=0, *,
+    state, capacity, greedy,
+):  # fmt: skip
+    """Decode until `capacity` tokens, which the state has room for, or until no more than `smaller`
+    rows go on."""
+    traced("decode", "rows {} x {}, up to {capacity}".format(*keys.shape, capacity=capacity))
+    model = nnx.merge(graph, adapter, base)
+
+    def step(s: Decoding) -> Decoding:
+        previous = jax.lax.dynamic_index_in_dim(s.tokens, s.t - 1, axis=2, keepdims=False)
+        positions = jnp.broadcast_to(prefix.lengths[:, None] + s.t - 1, previous.shape)
+        attend = Partial(_attend_cached, prefix.lengths, s.t - 1)
+        cache = (prefix.keys, prefix.values, s.keys, s.values)
+        hidden, (k, v) = model.model(previous, positions, attend, cache)
+        token, logprob = _pick(model.logits(hidden), keys, s.t, temperature, top_p, greedy)
+        put = jax.lax.dynamic_update_index_in_dim
+        return Decoding(
+            t=s.t + 1,
+            tokens=put(s.tokens, token.astype(jnp.int32), s.t, 2),
+            logprobs=put(s.logprobs, logprob, s.t, 2),
+            lengths=s.lengths + ~s.done,
+            done=s.done | jnp.isin(token, jnp.array(stops)),
+            keys=put(s.keys, k, s.t - 1, 4),
+            values=put(s.values, v, s.t - 1, 4),
+        )
+
+    goes_on = lambda s: (s.t < capacity) & ((~s.done).sum() > smaller)  # noqa: E731
+    return jax.lax.while_loop(goes_on, step, state)
+
+
+@partial(jax.jit, static_argnames="capacity")
+def grown(state: Decoding, *, capacity: int) -> Decoding:
+    """With room for `capacity` tokens a row."""
+    grow = lambda x, axis: jnp.pad(  # noqa: E731
+        x, [(0, capacity - x.shape[axis] if i == axis else 0) for i in range(x.ndim)]
+    )
+    return state._replace(
+        tokens=grow(state.tokens, 2),
+        logprobs=grow(state.logprobs, 2),
+        keys=grow(state.keys, 4),
+        values=grow(state.values, 4),
+    )
+
+
+def packed(prefix: Prefix, keys: jax.Array, state: Decoding, going: np.ndarray, n_rows: int):
+    """The rows that go on (by their places among the P G) as n_rows groups of one, each with its
+    prompt -> prefix, keys and state. What is too many only fills up, and is done.
+
+    The arrays given are deleted, each as soon as it is packed: not all are there twice at a time.
+    """
+    g = keys.shape[1]
+    rows = np.resize(going, n_rows).astype(np.uint32)
+
+    def of_rows(x, axis=0):
+        return _taken(x, rows // g, rows % g, axis=axis)
+
+    def of_prompts(x, axis=0):
+        return _taken(x, rows // g, axis=axis)
+
+    prefix = Prefix(
+        of_prompts(prefix.keys, 1), of_prompts(prefix.values, 1), of_prompts(prefix.lengths)
+    )
+    state = state._replace(
+        tokens=of_rows(state.tokens),
+        logprobs=of_rows(state.logprobs),
+        lengths=of_rows(state.lengths),
+        done=jnp.asarray(np.arange(n_rows) >= len(going))[:, None],
+        keys=of_rows(state.keys, 1),
+        values=of_rows(state.values, 1),
+    )
+    return prefix, of_rows(keys), state
+
+
+def _taken(x: jax.Array, *index: np.ndarray, axis: int) -> jax.Array:
+    """x [.., P, ..] by prompt -> [.., n_rows, ..]; x [.., P, G, ..] by prompt and place in the
+    group -> [.., n_rows, 1, ..]; x itself is deleted."""
+    taken = _take(x, index, axis)
+    x.delete()
+    return taken
+
+
+@partial(jax.jit, static_argnums=2)
+def _take(x: jax.Array, index: tuple[jax.Array, ...], axis: int) -> jax.Array:
+    taken = x[(slice(None),) * axis + index]
+    return taken if len(index) == 1 else jnp.expand_dims(taken, axis + 1)
+
+
+def _attend_cached(prompt_lengths, n_cached, q, k, v, cache: Any):
+    """One new token a row: q [P, G, H, C], its own k and v [P, G, K, C], and this layer's cache:
+    the prompt's keys and values [P, S, K, C], shared by the group, and the row's [P, G, K, U, C].
+    """
+    prompt_k, prompt_v, row_k, row_v = cache
+    p, g, h, c = q.shape
+    q = q.reshape(p, g, k.shape[2], -1, c)
+    f32 = {"preferred_element_type": jnp.float32}
+    on_prompt = jnp.einsum("pgkhc,pskc->pgkhs", q, prompt_k, **f32)
+    on_row = _scores(q, row_k)
+    on_self = jnp.einsum("pgkhc,pgkc->pgkh", q, k, **f32)[..., None]
+    s, u = prompt_k.shape[1], row_k.shape[3]
+    in_prompt = (jnp.arange(s) < prompt_lengths[:, None])[:, None, None, None]
+    on_prompt = jnp.where(in_prompt, on_prompt, MASKED)
+    on_row = jnp.where(jnp.arange(u) < n_cached, on_row, MASKED)
+    scores = jnp.concatenate([on_prompt, on_row, on_self], axis=-1) * c**-0.5
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    w_prompt, w_row, w_self = jnp.split(weights, (s, s + u), axis=-1)
+    out = jnp.einsum("pgkhs,pskc->pgkhc", w_prompt, prompt_v)
+    out += _weighed(w_row, row_v) + w_self * v[:, :, :, None]
+    return out.reshape(p, g, h, c), (k, v)
+
+
+def _scores(q, row_k):
+    """q [P, G, K, H / K, C] on the row's keys [P, G, K, U, C], float32 [P, G, K, H / K, U]."""
+    if backend().cache_by_products:
+        return jnp.einsum("pgkhc,pgkuc->pgkhu", q, row_k, preferred_element_type=jnp.float32)
+    q, row_k = (x.astype(jnp.float32) for x in (q[..., None, :], row_k[:, :, :, None]))
+    return (q * row_k).sum(axis=-1)
+
+
+def _weighed(weights, row_v):
+    """The sums of the row's values by weights [P, G, K, H / K, U]."""
+    if backend().cache_by_products:
+        return jnp.einsum("pgkhu,pgkuc->pgkhc", weights, row_v)
+    weights = weights[..., None].astype(jnp.float32)
+    return (weights * row_v[:, :, :, None]).sum(axis=-2).astype(row_v.dtype)
