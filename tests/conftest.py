@@ -245,9 +245,11 @@ def rows() -> Rows:
 
 @pytest.fixture(scope="module")
 def shared_compilation_cache(tmp_path_factory):
-    """One for this session, not the user's: what one test compiles, the next ones load."""
+    """That of the environment, else one for this session, not the user's: what one test compiles,
+    the next ones load."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "xla"))
+        if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+            patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "xla"))
         yield
 
 

@@ -116,7 +116,12 @@ def test_95_of_100_intervals_hold_the_mean(n_problems, n_samples, a, b):
 
 
 @pytest.mark.parametrize(
-    ("n_problems", "n_samples", "gain"), [(100, 1, 0.05), (200, 1, 0.0), (30, 16, 0.05)]
+    ("n_problems", "n_samples", "gain"),
+    [
+        (30, 16, 0.05),
+        pytest.param(100, 1, 0.05, marks=pytest.mark.slow),
+        pytest.param(200, 1, 0.0, marks=pytest.mark.slow),
+    ],
 )
 def test_95_of_100_paired_intervals_hold_the_difference(n_problems, n_samples, gain):
     rng, hits = np.random.default_rng(1), 0

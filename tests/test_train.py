@@ -450,6 +450,7 @@ def test_the_other_options_of_the_loss_change_the_adapter(run, root):
                 np.testing.assert_allclose([x["advantage"] for x in group], r - r.mean(), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_length_penalty_is_added_to_the_reward(root):
     config = tiny_config(root, use_length_penalty=True, expected_maximum_length=6,
                          overlong_cache=4, n_grpo_steps=1, eval_every=0)  # fmt: skip

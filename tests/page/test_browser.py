@@ -143,6 +143,7 @@ def test_completions_are_filtered_sorted_and_opened(page):
     assert c.execute_script("return page.views.completions.where().step") == 3
 
 
+@pytest.mark.slow
 def test_tokens_are_coloured_by_logprob_and_say_their_numbers_by_keys(page):
     c = page("completions?run=0&step=2&row=0")
     wait(c, "#tokens [data-i]")
@@ -212,12 +213,14 @@ def test_health_tells_each_value_of_worry(page):
     wait(c, "#health .barlayer .trace")
 
 
+@pytest.mark.slow
 def test_a_report_s_script_is_text(page):
     c = page("report")
     until(c, ".report h1", "What it found")
     assert "<script>window.broken = 3</script>" in c.find_element(By.CSS_SELECTOR, ".report").text
 
 
+@pytest.mark.slow
 def test_it_follows_a_run_that_goes_on(page, folder):
     c = page("curves")
     until(c, "#runs td", "4 of 4")

@@ -131,8 +131,12 @@ class Reference:
 PAIRS = [(p, c) for p, group in zip(PROBLEMS, COMPLETIONS, strict=True) for c in group]
 
 
-def test_step_scores_are_the_reference_s(folder, rewards):
-    reference = Reference(folder)
+@pytest.fixture(scope="module")
+def reference(folder):
+    return Reference(folder)
+
+
+def test_step_scores_are_the_reference_s(reference, rewards):
     for pair, scores in zip(PAIRS, rewards.step_scores(PAIRS), strict=True):
         expected = reference(*pair)
         assert scores.shape == expected.shape
@@ -142,8 +146,7 @@ def test_step_scores_are_the_reference_s(folder, rewards):
     assert everything.std() > 0.1  # nothing that a constant would pass
 
 
-def test_the_reward_is_the_mean_of_the_step_scores(folder, rewards):
-    reference = Reference(folder)
+def test_the_reward_is_the_mean_of_the_step_scores(reference, rewards):
     expected = [[reference(p, c).mean() if cut(c) else 0 for c in group]
                 for p, group in zip(PROBLEMS, COMPLETIONS, strict=True)]  # fmt: skip
     got = rewards(PROBLEMS, COMPLETIONS)
@@ -156,8 +159,7 @@ def test_the_reward_is_the_mean_of_the_step_scores(folder, rewards):
 @pytest.mark.parametrize(
     "mistake", [{"early": 1}, {"newline": False}, {"problem_end": ""}], ids=str
 )
-def test_each_of_these_mistakes_would_show(folder, rewards, mistake):
-    reference = Reference(folder)
+def test_each_of_these_mistakes_would_show(reference, rewards, mistake):
     pairs = [pair for pair in PAIRS if cut(pair[1])]
     for pair, scores in zip(pairs, rewards.step_scores(pairs), strict=True):
         assert np.abs(scores - reference(*pair, **mistake)).max() > 1e-3

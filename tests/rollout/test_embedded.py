@@ -104,7 +104,9 @@ def test_a_completion_ends_with_its_end_token(sampler):
             assert (stops, len(c.token_ids)) == ([], 70)
 
 
-@pytest.mark.parametrize("max_tokens", [1, 2, 31, 32, 33, 64, 65])
+@pytest.mark.parametrize(
+    "max_tokens", [1, 33, 64, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 31, 32, 65))]
+)
 def test_max_tokens_cuts_the_same_completions(sampler, max_tokens):
     # Across the cache's stages (32, 64): a shorter limit gives prefixes of the longer's tokens.
     whole = sampler.sample(PROMPTS, seeds=SEEDS, group_size=4)

@@ -147,6 +147,7 @@ def test_no_server_at_all_says_how_to_start_one(caplog):
     assert "jgrpo.serve" in caplog.text
 
 
+@pytest.mark.slow
 def test_waiting_is_told_once_for_all_requests_and_now_and_again(url, fake, caplog, monkeypatch):
     sampler = sampler_at(url, timeout_s=2)
     monkeypatch.setattr(server, "TELL_EVERY_S", 0.8)
@@ -380,6 +381,7 @@ def test_a_restarted_server_gets_the_adapter_once_under_a_new_name_and_what_was_
     assert not fake.adapters
 
 
+@pytest.mark.slow
 def test_a_server_that_keeps_losing_the_adapter_ends_the_run(url, fake, tmp_path):
     sampler = sampler_at(url)
     sampler.load(tmp_path)
