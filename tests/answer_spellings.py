@@ -16,6 +16,16 @@ KINDS: dict[str, list[Row]] = {
          [r"\pi \approx 3.14", r"\approx 3.15", r"\text{about }3.2"]),
         ("5", [r"\approx 5"], [r"5 \sim 7", r"\approx 6", r"\pi \approx 5"]),
     ],
+    "a binomial": [
+        ("10", [r"\binom{5}{2}", r"\binom 52", r"\dbinom{5}{2}", r"\tbinom52", r"{5 \choose 2}",
+                r"{5\choose2}"], [r"\binom{6}{2}", r"{6 \choose 2}", r"\dbinom42"]),
+        ("120", [r"{10 \choose 3}", r"\dbinom{10}{3}"], [r"{11 \choose 3}"]),
+        (r"\binom{n}{k}", [r"{n \choose k}", r"\dbinom nk"], [r"{k \choose n}", r"\frac{n}{k}"]),
+    ],
+    "a period under a dot": [
+        (r"\frac13", [r"0.\dot{3}", r"0.\dot3", r"0.3\dot{3}", r"0.\overline{3}"], [r"0.\dot{4}"]),
+        (r"\frac16", [r"0.1\dot{6}"], ["0.16", r"0.\dot{1}"]),
+    ],
     "what stands before an answer": [
         ("5", ["= 5", r"=\ 5", r"\Rightarrow 5", r"\implies 5", "&= 5", "{}= 5", r"\therefore 5",
                "∴ 5", ": 5", r"\text{Answer: }5", r"\text{The answer is }5", "**Answer:** 5"],

@@ -10,7 +10,10 @@ _BOX = re.compile(
 )
 _BARE_BOX_END = re.compile(r"\$|\n|\\\)|\\\]|$")
 _CODE = re.compile(r"^[ \t]*(```|~~~).*?^[ \t]*\1[ \t]*$", re.DOTALL | re.MULTILINE)
-_NOTHING = re.compile(r"(?:\\(?:[lc]?dots|q?quad|[,;:!> ])|[.\s~?_…□]|\{\{?\w*\}\}?)*")
+_NOTHING = re.compile(
+    r"(?:\\(?:[lc]?dots|q?quad|[,;:!> ])|[.\s~?_…□]|\{\{?\w*\}\}?)*"
+    r"(?:(?:\\text\{ ?)?[<\[]?(?i:(?:(?:your|the|my|final) )*answer(?: here)?)[>\]]?\}?)?"
+)
 """What stands in a box that is only mentioned: "put your answer in \boxed{...}"."""
 
 

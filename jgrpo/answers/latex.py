@@ -103,6 +103,10 @@ _SPELLINGS = rules(
     (r"\\frac ?([0-9A-Za-z]|\\pi)", r"\\frac{\1}"),
     (rf"\\frac({GROUP}) ?([0-9A-Za-z]|\\pi)", r"\\frac\1{\2}"),
     (r"(\\log ?_ ?(?:[0-9A-Za-z]|\{[^{}]*\})) +(?=[0-9])", r"\1"),
+    (r"\\[dt]?binom ?([0-9A-Za-z]) ?([0-9A-Za-z])(?![A-Za-z])", r"\\binom{\1}{\2}"),
+    (r"\\[dt]binom(?![A-Za-z])", r"\\binom"),
+    (r"\{ ?([0-9A-Za-z]+) ?\\choose(?![A-Za-z]) ?([0-9A-Za-z]+) ?\}", r"\\binom{\1}{\2}"),
+    (r"(?<=[.0-9])\\dot ?(?:\{ ?([0-9]) ?\}|([0-9]))$", r"\\overline{\1\2}"),  # 0.1\dot{6}
     (r"\\(?:[lch]?dots[cbm]?|mathellipsis|textellipsis|ldotp\\ldotp\\ldotp)(?![A-Za-z])"
      r"|\. ?\. ?\.", r"\\ldots "),
     # `6 3/4` is a mixed number; without its space it would be 63/4.

@@ -52,6 +52,9 @@ from jgrpo.answers.equal import (
         (r"\\boxed{4}", "4"),  # escaped twice
         (r"\boxed{}", ""),
         (r"\boxed{5}, in \boxed{}.", "5"),  # an empty one is only mentioned
+        (r"\boxed{5}, as `\boxed{answer}`.", "5"),
+        (r"\boxed{5}. Put \boxed{\text{Your Answer}} or \boxed{<the final answer here>}", "5"),
+        (r"\boxed{5} \boxed{answer 6}", "answer 6"),
         (r"\boxed{5}, in \boxed.", "5"),
         (r"\boxed{5}, in \boxed{...}", "5"),
         (r"\boxed{5}, in \boxed{\ldots}", "5"),
