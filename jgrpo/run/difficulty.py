@@ -1,10 +1,11 @@
 """How often a policy solves each training problem: kept in a file, of which a run takes a part.
 
 A problem that is always or never solved has nothing to teach: its group's rewards are all alike.
-The file is JSON lines: what it was made with, then a problem a line.
+The file is JSON lines: what it was made with, then a problem a line, written as they are measured.
 """
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -41,15 +42,36 @@ def made_with(config: Config, problems: "Problems") -> dict[str, Any]:
     }
 
 
-def write_rates(
-    file: Path, asked: Sequence[Problem], correct: np.ndarray, made: Mapping[str, Any]
-) -> None:
-    """correct: [P, k], 1 or 0."""
+def begin_rates(file: Path, made: Mapping[str, Any], k: int, seed: int) -> dict[Key, float]:
+    """Make the file ready for `add_rates` -> the rates that it holds already: what was measured
+    with the same k and seed, and made with the same, is kept, without a line that was torn."""
+    head, lines = {"made_with": made, "k": k, "seed": seed}, list[dict[str, Any]]()
+    rates: dict[Key, float] = {}
+    try:
+        first, *rest = file.read_text("utf-8").splitlines()
+        for text in rest if json.loads(first) == json.loads(json_line(head)) else ():
+            line = json.loads(text)
+            rates[line["problem"], line["gold"]] = line["n_correct"] / k
+            lines.append(line)
+    except (OSError, ValueError, LookupError, TypeError):
+        pass  # there is none, it is something else, or the last line is torn
+    write_whole(file, "".join(map(json_line, (head, *lines))))
+    return rates
+
+
+def add_rates(file: Path, asked: Sequence[Problem], correct: np.ndarray) -> dict[Key, float]:
+    """Append a line a problem, onto the disk -> their rates. correct: [P, k], 1 or 0."""
+    counts = [int(row.sum()) for row in correct]
     rows = [
-        {"problem": p.problem, "gold": p.gold, "n_correct": int(row.sum()), "n_samples": len(row)}
-        for p, row in zip(asked, correct, strict=True)
+        {"problem": p.problem, "gold": p.gold, "n_correct": n, "n_samples": correct.shape[1]}
+        for p, n in zip(asked, counts, strict=True)
     ]
-    write_whole(file, json_line({"made_with": made}) + "".join(map(json_line, rows)))
+    with file.open("a", encoding="utf-8") as out:
+        out.write("".join(map(json_line, rows)))
+        out.flush()
+        os.fsync(out.fileno())
+    shares = (n / correct.shape[1] for n in counts)
+    return {(p.problem, p.gold): share for p, share in zip(asked, shares, strict=True)}
 
 
 def read_rates(file: Path) -> tuple[dict[str, Any], dict[Key, float]]:
@@ -85,8 +107,9 @@ def of_this_difficulty(config: Config, problems: "Problems") -> "Problems":
         raise InputError(f"pass_rate_file={file} was made with another {'; '.join(odd)}; {REMEDY}")
     if unknown := [p for p in problems.train if (p.problem, p.gold) not in rates]:
         raise InputError(
-            f"pass_rate_file={file} is of other problems: {len(unknown)} of {len(problems.train)} "
-            f"are not in it, as {unknown[0].problem!r:.80}; {REMEDY}"
+            f"pass_rate_file={file} is of other problems, or not finished: {len(unknown)} of "
+            f"{len(problems.train)} are not in it, as {unknown[0].problem!r:.80}; {REMEDY}, which "
+            "goes on where it was stopped"
         )
     kept = [p for p in problems.train if low <= rates[p.problem, p.gold] <= high]
     if not kept:

@@ -14,7 +14,13 @@ from jgrpo.config import Config
 from jgrpo.errors import InputError
 from jgrpo.prompts.problems import Problem
 from jgrpo.run import difficulty
-from jgrpo.run.difficulty import made_with, of_this_difficulty, read_rates, write_rates
+from jgrpo.run.difficulty import (
+    add_rates,
+    begin_rates,
+    made_with,
+    of_this_difficulty,
+    read_rates,
+)
 from jgrpo.run.session import Problems
 
 TOKENIZER: Any = SimpleNamespace()
@@ -36,7 +42,8 @@ def config(base, tmp_path):
 @pytest.fixture
 def problems(config, tmp_path):
     asked = Problems(TOKENIZER, (7,), ASKED, ASKED[:1], ["a report"], ("{problem}", "chat"))
-    write_rates(tmp_path / "rates.jsonl", ASKED, CORRECT, made_with(config, asked))
+    begin_rates(tmp_path / "rates.jsonl", made_with(config, asked), 4, 42)
+    add_rates(tmp_path / "rates.jsonl", ASKED, CORRECT)
     return asked
 
 
@@ -66,7 +73,9 @@ def test_a_part_of_the_measured_problems_is_fine_and_other_problems_are_not(conf
     some = replace(problems, train=ASKED[1:3])
     assert of_this_difficulty(config, some).train == ASKED[1:3]
     for other in (replace(ASKED[0], problem="9 + 9"), replace(ASKED[0], gold="another")):
-        with pytest.raises(InputError, match=r"of other problems: 1 of 6 .*jgrpo\.filter"):
+        with pytest.raises(
+            InputError, match=r"of other problems, or not fin.*: 1 of 6 .*jgrpo\.filter"
+        ):
             of_this_difficulty(config, replace(problems, train=[*ASKED, other]))
 
 
@@ -140,8 +149,51 @@ def test_limits_that_cannot_be_are_refused(limits):
         Config(pass_rate=limits)
 
 
+# -- written as it is measured ---------------------------------------------------------------------
+
+MADE = {"model": "m", "adapter": None}
+
+
+def test_what_was_measured_is_kept_to_the_last_whole_line(tmp_path):
+    file = tmp_path / "rates.jsonl"
+    assert begin_rates(file, MADE, 4, 42) == {}
+    first = add_rates(file, ASKED[:2], CORRECT[:2])
+    assert first == {("0 + 1", "1"): 0, ("1 + 1", "2"): 0.25}
+    second = add_rates(file, ASKED[2:3], CORRECT[2:3])
+    whole = file.read_text()
+    for n_torn in range(1, 30):  # killed in the middle of the third
+        file.write_text(whole[:-n_torn])
+        kept = begin_rates(file, MADE, 4, 42)
+        assert kept == (first | second if n_torn == 1 else first)
+    assert add_rates(file, ASKED[2:3], CORRECT[2:3]) == second
+    assert file.read_text() == whole
+    assert read_rates(file) == (MADE, first | second)
+
+
+@pytest.mark.parametrize(
+    "other", [({"model": "other", "adapter": None}, 4, 42), (MADE, 8, 42), (MADE, 4, 7)], ids=str
+)
+def test_what_was_measured_otherwise_is_measured_anew(other, tmp_path):
+    file = tmp_path / "rates.jsonl"
+    begin_rates(file, MADE, 4, 42)
+    add_rates(file, ASKED, CORRECT)
+    assert begin_rates(file, *other) == {}
+    assert len(file.read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize("content", ["", "[]\n", "\x00", '{"made_with": {}}\n{"problem": 1}\n'])
+def test_a_file_of_something_else_is_begun_anew(content, tmp_path):
+    file = tmp_path / "rates.jsonl"
+    file.write_text(content)
+    assert begin_rates(file, MADE, 4, 42) == {}
+    add_rates(file, ASKED, CORRECT)
+    assert len(read_rates(file)[1]) == 5
+
+
 @pytest.mark.slow
-def test_filter_counts_what_it_samples_and_train_takes_the_part(tmp_path, base):
+def test_filter_counts_what_it_samples_and_train_takes_the_part(
+    tmp_path, base, monkeypatch, capsys
+):
     """The command itself, on the tests' model: every count is one of k, half-right problems are
     there, and the run's first step asks only those of the part."""
     from jgrpo import cli
@@ -152,12 +204,20 @@ def test_filter_counts_what_it_samples_and_train_takes_the_part(tmp_path, base):
     write_problems(tmp_path)
     file = tmp_path / "rates.jsonl"
     config = tiny_config(tmp_path, pass_rate_file=str(file), n_grpo_steps=1, eval_every=0)
-    correct = measure(cli.Filter(options=config, k=8))
-    assert correct.shape == (len((tmp_path / "train.jsonl").read_text().splitlines()), 8)
+    measured = measure(cli.Filter(options=config, k=8))
+    assert len(measured) == len((tmp_path / "train.jsonl").read_text().splitlines())
     made, rates = read_rates(file)
     assert made["max_tokens"] == 6
-    assert sorted(rates.values()) == sorted(correct.mean(axis=1).tolist())
-    assert 0 < correct.mean() < 1
+    assert sorted(rates.values()) == sorted(measured.tolist())
+    assert 0 < measured.mean() < 1
+
+    # Stopped after five problems and asked again, in parts of two: the same as at once.
+    whole = file.read_text()
+    file.write_text("".join(whole.splitlines(keepends=True)[:6]))
+    monkeypatch.setattr("jgrpo.filter.AT_ONCE", 16)
+    np.testing.assert_array_equal(measure(cli.Filter(options=config, k=8)), measured)
+    assert file.read_text() == whole
+    assert f"5 problems were in {file} already" in capsys.readouterr().out
     run = train(replace(config, pass_rate=(0.125, 0.25)))
     lines = (run / "rollouts" / "step_000001.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
