@@ -69,6 +69,7 @@ def test_a_verl_file_trains_as_it_is(root):
     assert all(eval(problem[8:-1]) == int(gold) for problem, gold in golds.items())
 
 
+@pytest.mark.slow
 def test_a_run_whose_rewards_are_all_alike_says_what_to_look_at(root, capsys):
     run = train(tiny_config(root, n_grpo_steps=4, eval_every=0))
     assert all(row["train/zero_advantage_fraction"] == 1 for row in read_metrics(run))
@@ -78,6 +79,7 @@ def test_a_run_whose_rewards_are_all_alike_says_what_to_look_at(root, capsys):
     assert "look at the gold answers" in told
 
 
+@pytest.mark.slow
 def test_a_run_whose_template_writes_the_time_is_resumed_later_and_keeps_its_own(root, caplog):
     base = shutil.copytree(root / "base", root / "dated")
     file = base / "chat_template.jinja"
@@ -95,6 +97,7 @@ def test_a_run_whose_template_writes_the_time_is_resumed_later_and_keeps_its_own
         assert all(prompt.startswith(began.split()[1]) for prompt in prompts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_lines", [0, 2])
 def test_a_reader_that_goes_away_at_any_line_is_told_how_to_go_on(n_lines, root, monkeypatch):
     """As `| head` does, before the first line of a run and after its second."""
@@ -136,7 +139,9 @@ class Emptied:
         return [[Completion([], [], "stop") for _ in group] for group in groups]
 
 
-@pytest.mark.parametrize("kind", ["empty", "all cut off and masked"])
+@pytest.mark.parametrize(
+    "kind", ["empty", pytest.param("all cut off and masked", marks=pytest.mark.slow)]
+)
 def test_a_run_goes_through_steps_that_have_nothing_to_train_on(kind, root, monkeypatch):
     options = {"n_grpo_steps": 2, "use_length_penalty": True, "use_token_level_loss": True}
     if kind == "empty":

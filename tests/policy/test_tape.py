@@ -87,6 +87,7 @@ def test_updates_write_into_the_same_memory(parts, rows):
     assert places([wider(batch)]) == other
 
 
+@pytest.mark.slow
 def test_programs_for_a_gpu_give_the_same_gradient(parts, rows, monkeypatch):
     """They make their own tape, in a loop over several micro-batches, and nothing outlives them."""
     graph, adapter, base = parts
