@@ -1,8 +1,9 @@
 """The embedded sampler's programs, on arrays alone: prompts are prefilled, rows are decoded in step
 as far as their cache has room, and are packed into a smaller batch or given more room.
 
-Axes beside the usual: P prompts, G completions of each, S prompt tokens, U generated tokens. Packed
-rows are P groups of one. What comes to be one value a prompt [P] or a row [P, G] is packed alike.
+Axes beside the usual: P prompts, G completions of each, S prompt tokens, U generated tokens. Once
+packed, P are groups of one prompt each, which may have several. What comes to be one value a prompt
+[P] or a row [P, G] is packed alike.
 """
 
 from functools import partial
@@ -109,11 +110,11 @@ def first_tokens(stops, logits, prefix, keys, real, temperature, top_p=None, *, 
 
 
 def decode(
-    graph, stops, adapter, base, prefix, keys, temperature, top_p=None, smaller=0, *,
+    graph, stops, adapter, base, prefix, keys, temperature, top_p=None, smaller=0, width=1, *,
     state, capacity, greedy,
 ):  # fmt: skip
-    """Decode until `capacity` tokens, which the state has room for, or until no more than `smaller`
-    rows go on."""
+    """Decode until `capacity` tokens, which the state has room for, or until `smaller` groups of
+    `width` have room for all rows that go on."""
     traced("decode", "rows {} x {}, up to {capacity}".format(*keys.shape, capacity=capacity))
     model = nnx.merge(graph, adapter, base)
 
@@ -135,7 +136,8 @@ def decode(
             values=put(s.values, v, s.t - 1, 4),
         )
 
-    goes_on = lambda s: (s.t < capacity) & ((~s.done).sum() > smaller)  # noqa: E731
+    needed = lambda done: -(-(~done).sum(axis=1) // width).sum()  # noqa: E731
+    goes_on = lambda s: (s.t < capacity) & (needed(s.done) > smaller)  # noqa: E731
     return jax.lax.while_loop(goes_on, step, state)
 
 
@@ -153,20 +155,21 @@ def grown(state: Decoding, *, capacity: int) -> Decoding:
     )
 
 
-def packed(prefix: Prefix, keys: jax.Array, state: Decoding, going: np.ndarray, n_rows: int):
-    """The rows that go on (by their places among the P G) as n_rows groups of one, each with its
-    prompt -> prefix, keys and state. What is too many only fills up, and is done.
+def packed(prefix: Prefix, keys: jax.Array, state: Decoding, places: np.ndarray):
+    """Rows by their places among the P G, as groups of one prompt each [P', G'], -1 where one only
+    fills up, and is done -> prefix, keys and state.
 
     The arrays given are deleted, each as soon as it is packed: not all are there twice at a time.
     """
-    g = keys.shape[1]
-    rows = np.resize(going, n_rows).astype(np.uint32)
+    g = np.uint32(keys.shape[1])
+    first = np.maximum(places[:, :1], 0)
+    rows = np.where(places < 0, first, places).astype(np.uint32)
 
     def of_rows(x, axis=0):
         return _taken(x, rows // g, rows % g, axis=axis)
 
     def of_prompts(x, axis=0):
-        return _taken(x, rows // g, axis=axis)
+        return _taken(x, rows[:, 0] // g, axis=axis)
 
     prefix = Prefix(
         of_prompts(prefix.keys, 1), of_prompts(prefix.values, 1), of_prompts(prefix.lengths)
@@ -175,7 +178,7 @@ def packed(prefix: Prefix, keys: jax.Array, state: Decoding, going: np.ndarray, 
         tokens=of_rows(state.tokens),
         logprobs=of_rows(state.logprobs),
         lengths=of_rows(state.lengths),
-        done=jnp.asarray(np.arange(n_rows) >= len(going))[:, None],
+        done=jnp.asarray(places < 0),
         keys=of_rows(state.keys, 1),
         values=of_rows(state.values, 1),
     )
@@ -183,8 +186,8 @@ def packed(prefix: Prefix, keys: jax.Array, state: Decoding, going: np.ndarray, 
 
 
 def _taken(x: jax.Array, *index: np.ndarray, axis: int) -> jax.Array:
-    """x [.., P, ..] by prompt -> [.., n_rows, ..]; x [.., P, G, ..] by prompt and place in the
-    group -> [.., n_rows, 1, ..]; x itself is deleted."""
+    """x [.., P, ..] by prompt [P'], or x [.., P, G, ..] by prompt and place in the group [P', G'];
+    x itself is deleted."""
     taken = _take(x, index, axis)
     x.delete()
     return taken
@@ -192,8 +195,7 @@ def _taken(x: jax.Array, *index: np.ndarray, axis: int) -> jax.Array:
 
 @partial(jax.jit, static_argnums=2)
 def _take(x: jax.Array, index: tuple[jax.Array, ...], axis: int) -> jax.Array:
-    taken = x[(slice(None),) * axis + index]
-    return taken if len(index) == 1 else jnp.expand_dims(taken, axis + 1)
+    return x[(slice(None),) * axis + index]
 
 
 def _attend_cached(prompt_lengths, n_cached, q, k, v, cache: Any):

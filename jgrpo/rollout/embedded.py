@@ -1,8 +1,8 @@
 """The embedded sampler: completions from the trainer's own model, without a server.
 
 A prompt is prefilled once and its keys and values are shared by the G completions of its group; one
-jitted loop decodes all rows in step (`decoding`). The loop runs in stages of growing cache (32, 64,
-128, ... tokens), so that attention never looks at more than twice what is there; and where half of
+jitted loop decodes all rows in step (`decoding`). The loop runs in stages of growing cache (16, 32,
+64, ... tokens), so that attention never looks at more than twice what is there; and where half of
 its rows have ended it stops, and those that go on are packed into half the batch, or less.
 """
 
@@ -30,10 +30,13 @@ from jgrpo.rollout.decoding import (
 )
 from jgrpo.rollout.protocol import Completion, Progress
 
-FIRST_STAGE = 32
+FIRST_STAGE = 16
 HALVINGS, FEWEST_ROWS = 3, 16
 """How often a batch is halved at most, and down to how many rows: each size, at each stage that it
 comes to, is a program."""
+PACKED_GROUP = 2
+"""Completions of a prompt that share its keys and values once they are packed: more of them leave
+more places empty."""
 
 
 def rows_that_fit(
@@ -128,26 +131,27 @@ class JaxSampler:
             logits, prefix, keys, np.arange(size) < n, temperature, top_p,
             group_size=group_size, greedy=greedy,
         )  # fmt: skip
-        # Each packed row has its prompt for itself, for which those that left must have made room.
+        # Packed groups are smaller, for which the rows that left must have made room.
+        pair, n_rows = min(group_size, PACKED_GROUP), size * group_size
         may_pack = group_size == 1 or width <= max_tokens
-        halves = [size * group_size >> i for i in range(HALVINGS + 1 if may_pack else 1)]
-        sizes = [m for i, m in enumerate(halves) if i == 0 or m >= FEWEST_ROWS]
-        book = _Book(n * group_size, size * group_size, progress)
+        halves = [n_rows >> i for i in range(1, HALVINGS + 1) if may_pack]
+        sizes = [m // pair for m in halves if m >= FEWEST_ROWS]  # in groups
+        book = _Book(n, size, group_size, progress)
         capacity = min(FIRST_STAGE, max_tokens)
         state = grown(state, capacity=capacity)
         while True:
-            smaller = max((m for m in sizes if m < keys.size), default=0)
+            smaller = max((m for m in sizes if m * pair < keys.size), default=0)
             state = self._decode(
-                self.adapter, self.base, prefix, keys, temperature, top_p, smaller,
+                self.adapter, self.base, prefix, keys, temperature, top_p, smaller, pair,
                 state=state, capacity=capacity, greedy=greedy,
             )  # fmt: skip
-            going, t = book.enter(state), int(state.t)
-            if not going.size or t == max_tokens:
-                return book.close(state, group_size)
-            if going.size <= smaller:
-                n_rows = min(m for m in sizes if m >= going.size)
-                book.leave_all_but(going, state)
-                prefix, keys, state = packed(prefix, keys, state, going, n_rows)
+            groups, t = book.enter(state, pair), int(state.t)
+            if not groups or t == max_tokens:
+                return book.close(state)
+            if len(groups) <= smaller:
+                n_groups = min(m for m in sizes if m >= len(groups))
+                places = book.pack(groups, n_groups, pair, state)
+                prefix, keys, state = packed(prefix, keys, state, places)
             if t == capacity:
                 capacity = min(2 * capacity, max_tokens)
                 state = grown(state, capacity=capacity)
@@ -155,44 +159,58 @@ class JaxSampler:
 
 class _Book:
     """What has become of the rows, which are numbered as at the start; the batch has fewer and
-    fewer of them. The first `n_real` are asked for, the others fill up the batch."""
+    fewer of them. Those of the first n prompts are asked for, the others fill up the batch."""
 
-    def __init__(self, n_real: int, n_rows: int, progress: Progress | None):
-        self.rows = np.arange(n_rows)  # those in the batch
-        self.completions: list[Any] = [None] * n_real
-        self.lengths, self.done = np.ones(n_rows, int), np.zeros(n_rows, bool)
+    def __init__(self, n: int, size: int, group_size: int, progress: Progress | None):
+        self.rows = np.arange(size * group_size)  # by place in the batch; -1: none
+        self.group_size = group_size
+        self.completions: list[Any] = [None] * (n * group_size)
+        self.lengths, self.done = np.ones(len(self.rows), int), np.zeros(len(self.rows), bool)
         self.progress, self.told = progress, (0, 0)
 
-    def enter(self, state: Decoding) -> np.ndarray:
-        """Look at the state, tell of what is new -> the places in the batch of rows that go on."""
+    def enter(self, state: Decoding, width: int) -> list[list[int]]:
+        """Look at the state, tell of what is new -> the places in the batch of rows that go on, in
+        groups of one prompt, `width` at most."""
         lengths, done = (x.reshape(-1) for x in jax.device_get((state.lengths, state.done)))
-        n = len(self.rows)
-        self.lengths[self.rows], self.done[self.rows] = lengths[:n], done[:n]
+        there = self.rows >= 0
+        self.lengths[self.rows[there]], self.done[self.rows[there]] = lengths[there], done[there]
         real = slice(len(self.completions))
         self._tell(int(self.done[real].sum()), int(self.lengths[real].sum()))
-        return np.flatnonzero(~done)
+        of_prompt: dict[int, list[int]] = {}
+        for place in np.flatnonzero(~done).tolist():
+            of_prompt.setdefault(self.rows[place] // self.group_size, []).append(place)
+        return [g[i : i + width] for g in of_prompt.values() for i in range(0, len(g), width)]
 
-    def leave_all_but(self, going: np.ndarray, state: Decoding) -> None:
-        """The others' completions are taken out of the state."""
+    def pack(self, groups: list[list[int]], n: int, width: int, state: Decoding) -> np.ndarray:
+        """The groups' places [n, width], -1 where there is none; completions of rows that leave are
+        taken out of the state."""
+        places = np.full((n, width), -1)
+        for row, group in zip(places, groups, strict=False):
+            row[: len(group)] = group
+        self._take_out(state, stays=places)
+        self.rows = np.where(places < 0, -1, self.rows[places]).reshape(-1)
+        return places
+
+    def close(self, state: Decoding) -> list[list[Completion]]:
+        """All completions [P][G]."""
+        self._take_out(state, stays=np.array([], int))
+        self._tell(len(self.completions), self.told[1])
+        starts, g = range(0, len(self.completions), self.group_size), self.group_size
+        return [self.completions[start : start + g] for start in starts]
+
+    def _take_out(self, state: Decoding, stays: np.ndarray) -> None:
         tokens, logprobs = (
             x.reshape(-1, x.shape[-1]) for x in jax.device_get((state.tokens, state.logprobs))
         )
-        stays = np.isin(np.arange(len(self.rows)), going)
-        for place, row in enumerate(self.rows):
-            if row < len(self.completions) and not stays[place]:
-                n = self.lengths[row]
-                self.completions[row] = Completion(
-                    tokens[place, :n].tolist(),
-                    logprobs[place, :n].tolist(),
-                    "stop" if self.done[row] else "length",
-                )
-        self.rows = self.rows[going]
-
-    def close(self, state: Decoding, group_size: int) -> list[list[Completion]]:
-        self.leave_all_but(np.array([], int), state)
-        self._tell(len(self.completions), self.told[1])
-        starts = range(0, len(self.completions), group_size)
-        return [self.completions[start : start + group_size] for start in starts]
+        leaves = (self.rows >= 0) & (self.rows < len(self.completions))
+        leaves[stays[stays >= 0]] = False
+        for place in np.flatnonzero(leaves).tolist():
+            row, n = self.rows[place], self.lengths[self.rows[place]]
+            self.completions[row] = Completion(
+                tokens[place, :n].tolist(),
+                logprobs[place, :n].tolist(),
+                "stop" if self.done[row] else "length",
+            )
 
     def _tell(self, completions: int, tokens: int) -> None:
         if self.progress:
