@@ -68,6 +68,12 @@ def examples_of(check: Callable[[Any], None], n_examples: int) -> int:
     return math.ceil(n_examples * PROPERTIES[check][1] / shares)
 
 
+def told(error: Exception) -> str:
+    """What failed, and for which input (in the notes)."""
+    notes = "\n".join(getattr(error, "__notes__", []))
+    return f"FAILED: {type(error).__name__}: {str(error)[:400]}\n{notes[:1500]}\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--examples", type=int, default=100_000)
@@ -81,8 +87,8 @@ def main() -> None:
             verdict = "holds"
         except Exception as error:
             failed += 1
-            notes = "\n".join(getattr(error, "__notes__", []))
-            verdict = f"FAILED: {type(error).__name__}: {str(error)[:400]}\n{notes[:1500]}"
+            found = error.exceptions if isinstance(error, ExceptionGroup) else (error,)
+            verdict = "".join(map(told, found))
         seconds = time.monotonic() - start_s
         print(f"{check.__name__:45s} {n:7d} inputs {seconds:6.1f} s  {verdict}", flush=True)
     a.grader().close()
