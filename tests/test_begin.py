@@ -1,6 +1,7 @@
 """--adapter: a run that begins from an adapter that PEFT made. What it takes from it, where the KL
 is to it, and that such a run resumes and replays like any other."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -123,6 +124,18 @@ def test_an_option_that_contradicts_it_is_an_error_that_names_both(root, field, 
             ask()
         for part in (start, field, f"{value!r}", has):
             assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("named", "is_told"),
+    [("Qwen/Qwen3-1.7B", True), ("/elsewhere/base", False), ("some/base", False), (None, False)],
+)
+def test_an_adapter_of_another_base_is_told(named, is_told, root, tmp_path, caplog):
+    folder = shutil.copytree(root / "start", tmp_path / "start")
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": named}))
+    open_policy(begun(tiny_config(root, adapter=str(folder))), abstract=True)
+    assert ("was made for the base Qwen/Qwen3-1.7B, and model_id is" in caplog.text) == is_told
 
 
 def test_a_flag_that_repeats_the_default_is_asked_for_too(root):

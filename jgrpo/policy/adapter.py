@@ -115,6 +115,12 @@ def fingerprint(folder: Path) -> str:
     return whole.hexdigest()[:16]
 
 
+def base_of(folder: Path) -> str:
+    """The name of the base that a PEFT folder was made for; empty where it names none."""
+    named = json.loads((Path(folder) / CONFIG_FILE).read_text()).get("base_model_name_or_path")
+    return named if isinstance(named, str) else ""
+
+
 def read_config(folder: Path) -> AdapterConfig:
     """Rank, alpha and targets of a PEFT folder. InputError for what we cannot represent."""
     file = Path(folder) / CONFIG_FILE

@@ -4,6 +4,7 @@
 import gc
 import hashlib
 import json
+import logging
 import os
 import shlex
 from collections.abc import Collection, Sequence
@@ -19,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from jgrpo.answers.grader import Grader
 from jgrpo.config import PROJECTIONS, Config
-from jgrpo.errors import InputError, short
+from jgrpo.errors import InputError, printable, short
 from jgrpo.policy import adapter as adapters
 from jgrpo.policy.lora import split
 from jgrpo.policy.weights import (
@@ -46,6 +47,7 @@ from jgrpo.run.rundir import date_of, last_adapter, run_of_adapter
 from jgrpo.run.scoring import Scorers, open_scorers
 from jgrpo.run.trackers import check_installed
 
+log = logging.getLogger(__name__)
 SHAPE = ("lora_r", "lora_alpha", "lora_target_modules")
 """Options that an adapter brings with it."""
 
@@ -256,10 +258,20 @@ def open_policy(config: Config, *, abstract: bool = False) -> Policy:
     }
     shapes = Policy(*split(abstract_model(folder, **shape)))
     start = adapters.load(Path(config.adapter), shapes.adapter) if config.adapter else None
+    if config.adapter:
+        _warn_of_another_base(config)
     if abstract:
         return shapes
     policy = Policy(*split(load_model(folder, **shape, seed=config.seed)))
     return policy if start is None else replace(policy, adapter=start)
+
+
+def _warn_of_another_base(config: Config) -> None:
+    """An adapter fits any model of its shape; the name of its base tells those apart."""
+    named = adapters.base_of(Path(config.adapter))
+    if named and Path(named).name != Path(config.model_id).name:
+        log.warning("adapter=%s was made for the base %s, and model_id is %s: on other weights it "
+                    "is no start", config.adapter, printable(named), config.model_id)  # fmt: skip
 
 
 def sampled_at_once(config: Config, policy: Policy, free: int | None) -> int:
