@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import torch
 from peft import PeftModel
 from torch import nn
@@ -27,10 +26,11 @@ from jgrpo.config import Config, load_config
 from jgrpo.errors import InputError
 from jgrpo.policy import adapter as adapters
 from jgrpo.policy.batch import Rows
+from jgrpo.policy.lora import stacked_up
 from jgrpo.run.session import Policy, open_policy
-from jgrpo.study.compare import saved_rows
+from jgrpo.study.compare import batches_of, saved_rows
 from jgrpo.train import train
-from jgrpo.update.learner import Learner, needs_ref
+from jgrpo.update.learner import Learner, needs_ref, parts_of
 
 TINY = Path(__file__).parents[1] / "configs" / "tiny.py"
 TINY_RUN = {
@@ -138,12 +138,6 @@ def norm_of(arrays: Arrays) -> float:
 
 # -- jgrpo ---------------------------------------------------------------------------------------
 
-KEEP_GRADIENT = optax.GradientTransformation(
-    lambda adapter: jax.tree.map(jnp.zeros_like, adapter),
-    lambda gradient, state, _=None: (jax.tree.map(jnp.zeros_like, gradient), gradient),
-)
-"""An optimizer that stands still and keeps the last gradient as its state."""
-
 
 class Ours:
     """jgrpo in float32."""
@@ -161,28 +155,28 @@ class Ours:
         """How far learning from the rollouts moves the adapter."""
         start = self.adapter(self.setting.policy)
         before = adapters.adapter_arrays(start)
-        learner = Learner(config, self.model.graph, start, self.model.base)
+        stack = stacked_up([start])
+        learner = Learner([config], self.model.graph, stack, self.model.base)
         for rows in rollouts:
-            learner.learn(rows)
-        return difference(adapters.adapter_arrays(learner.state[0]), before)
+            learner.learn({0: rows})
+        return difference(adapters.adapter_arrays(learner.state(0)[0]), before)
 
     def gradient(self, config: Config, rows: Rows) -> tuple[float, float, Arrays]:
         """Loss, norm and gradient of one update on the whole rollout."""
         policy, base = self.adapter(self.setting.policy), self.model.base
-        learner = Learner(config, self.model.graph, policy, base)
-        update, [part] = learner.update, learner.parts(rows)
-        update.optimizer = KEEP_GRADIENT
+        learner = Learner([config], self.model.graph, stacked_up([policy]), base)
+        update, [part] = learner.update, parts_of(config, rows)
+        batches, given = batches_of(rows, part.index, config), np.array([part.denominator])
         old = ref = None
         if config.updates_per_rollout > 1:
-            old = update.logprobs(self.adapter(self.setting.old), base, part.batches)
+            old = update.logprobs(self.adapter(self.setting.old), base, batches)
         if needs_ref(config):
-            off = jax.tree.map(jnp.zeros_like, policy)
-            ref = update.logprobs(off, base, part.batches)
-        state = KEEP_GRADIENT.init(policy)
-        _, gradient, metrics, _ = update(
-            policy, state, base, part.batches, part.denominator, old, ref
-        )
-        loss, norm = (float(metrics[f"train/{name}"]) for name in ("loss", "grad_norm"))
+            ref = update.logprobs(jax.tree.map(jnp.zeros_like, policy), base, batches)
+        total, _ = update._sum(learner.adapters, base, batches, old, ref)
+        gradient = jax.tree.map(lambda g: g[0] / part.denominator, total.gradient)
+        state = learner.adapters, learner.opt_states
+        *_, metrics = update._apply(*state, total, given, learner.rates)
+        loss, norm = (float(metrics[f"train/{name}"][0]) for name in ("loss", "grad_norm"))
         return loss, norm, adapters.adapter_arrays(gradient)
 
     def adapter(self, folder: Path):

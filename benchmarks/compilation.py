@@ -36,11 +36,13 @@ def compile_all(cache: str, n_rollouts: int) -> dict[str, tuple[int, float]]:
     """For each part of a run: programs, and seconds spent to get them."""
     os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
     import jax
+    import numpy as np
 
+    from jgrpo.policy.lora import stacked_up
     from jgrpo.rollout.embedded import JaxSampler
     from jgrpo.run.session import configure_jax
-    from jgrpo.study.compare import saved_rows
-    from jgrpo.update.learner import Learner
+    from jgrpo.study.compare import batches_of, saved_rows
+    from jgrpo.update.learner import Learner, parts_of
     from jgrpo.update.step import _stacked
 
     configure_jax()
@@ -55,28 +57,31 @@ def compile_all(cache: str, n_rollouts: int) -> dict[str, tuple[int, float]]:
 
     jax.monitoring.register_event_duration_secs_listener(heard)
     config = config_of(SpeedArgs(shape="135m"), shape, Path())
-    parts = _, adapter, base = random_model(config, shape)
-    learner = Learner(config, *parts)
+    graph, adapter, base = random_model(config, shape)
+    learner = Learner([config], graph, stacked_up([adapter]), base)
     found = {}
     for seed in range(n_rollouts):
         lines = make_lines(
             SpeedArgs(shape="135m", lengths="realistic", seed=seed),
             config, shape.model["vocab_size"],
         )  # fmt: skip
-        for part in learner.parts(saved_rows(config, lines)):
-            found |= {str(jax.tree.map(jax.numpy.shape, batch)): batch for batch in part.batches}
+        rows = saved_rows(config, lines)
+        for part in parts_of(config, rows):
+            batches = batches_of(rows, part.index, config)
+            found |= {str(jax.tree.map(jax.numpy.shape, batch)): batch for batch in batches}
     jax.block_until_ready(jax.tree.leaves(base))
     start = len(spent)
     for batch in found.values():
-        learner.update.compiled(adapter, base, batch)
+        learner.update.compiled(learner.adapters, base, batch)
         ((stack, _),) = _stacked([batch])
-        learner.update._new_tape.lower(adapter, base, stack).compile()
+        learner.update._new_tape.lower(learner.adapters, base, stack).compile()
     learner.update._apply.lower(
-        *learner.state, jax.eval_shape(learner.update._zeros, adapter), 1.0
-    ).compile()
+        learner.adapters, learner.opt_states,
+        jax.eval_shape(learner.update._zeros, learner.adapters), np.ones(1), learner.rates,
+    ).compile()  # fmt: skip
     training = since(start)
     sampler = JaxSampler(
-        *parts, stop_token_ids=[0], max_tokens=config.max_tokens,
+        graph, adapter, base, stop_token_ids=[0], max_tokens=config.max_tokens,
         max_rows=config.n_completions_per_step,
     )  # fmt: skip
     prompts = [[5 + i] * config.max_prompt_tokens for i in range(config.n_prompts_per_step)]

@@ -38,7 +38,7 @@ from transformers import AutoConfig
 from jgrpo.config import Config
 from jgrpo.errors import InputError, exit_status
 from jgrpo.policy.batch import Rows
-from jgrpo.policy.lora import split
+from jgrpo.policy.lora import split, stacked_up
 from jgrpo.policy.model import Decoder, ModelConfig
 from jgrpo.run.session import configure_jax
 from jgrpo.study.compare import saved_rows
@@ -105,16 +105,21 @@ def random_model(config: Config, hf: dict[str, Any]) -> Decoder:
     )
 
 
+def learner_of(config: Config, model: Decoder) -> Learner:
+    graph, adapter, base = split(model)
+    return Learner([config], graph, stacked_up([adapter]), base)
+
+
 def measure(args: Args, config: Config, hf: dict[str, Any], rows: Rows) -> dict[str, Any]:
     """Seconds and peak memory of one setting. The peak of a process only ever grows, so settings
     that take less memory must come first."""
     model = random_model(config, hf)
     flops = useful_flops(model.config, rows)
-    learner = Learner(config, *split(model))
+    learner = learner_of(config, model)
     seconds = []
     for _ in range(args.repeats + 1):
         start = time.perf_counter()
-        metrics = learner.learn(rows)
+        metrics = learner.learn({0: rows})[0]
         seconds.append(time.perf_counter() - start)
     assert np.isfinite(metrics["train/grad_norm"])
     stats = jax.devices()[0].memory_stats() or {}
@@ -144,10 +149,10 @@ def work(args: Args) -> None:
     rows = saved_rows(config, make_lines(speed, config, shape.model["vocab_size"]))
     found = measure(args, config, shape.model, rows)
     if args.profile is not None:
-        learner = Learner(config, *split(random_model(config, shape.model)))
-        learner.learn(rows)
+        learner = learner_of(config, random_model(config, shape.model))
+        learner.learn({0: rows})
         with jax.profiler.trace(str(args.profile)):
-            learner.learn(rows)
+            learner.learn({0: rows})
     print(json.dumps(found))
 
 

@@ -25,6 +25,7 @@ def setting(micro_batch_size: int, gradient_checkpointing: bool) -> dict:
     """Bytes that are predicted and measured for one setting."""
     from pathlib import Path
 
+    from jgrpo.policy.lora import stacked_up
     from jgrpo.run.memory import training_memory
     from jgrpo.run.session import Policy, configure_jax
     from jgrpo.study.compare import saved_rows
@@ -38,17 +39,18 @@ def setting(micro_batch_size: int, gradient_checkpointing: bool) -> dict:
         gradient_checkpointing=gradient_checkpointing,
     )
     config = config_of(args, shape, Path())
-    policy = Policy(*random_model(config, shape))
+    graph, adapter, base = random_model(config, shape)
+    policy = Policy(graph, stacked_up([adapter]), base)
     lengths = [config.max_prompt_tokens] * config.n_prompts_per_step
-    predicted = training_memory(config, policy, lengths)
-    learner = Learner(config, policy.graph, policy.adapter, policy.base)
+    predicted = training_memory([config], policy, lengths)
+    learner = Learner([config], policy.graph, policy.adapter, policy.base)
     rows = saved_rows(config, make_lines(args, config, shape.model["vocab_size"]))
-    learner.learn(rows)
+    learner.learn({0: rows})
     learner.update._tape = None  # kept from update to update, but part of what they take
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     forget_peak()
     before, _ = resident_bytes()
-    learner.learn(rows)
+    learner.learn({0: rows})
     _, peak = resident_bytes()
     kept = predicted.base + predicted.adapter
     return {

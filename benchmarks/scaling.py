@@ -24,7 +24,7 @@ from transformers import LlamaConfig
 from jgrpo.cli import tune_allocator
 from jgrpo.config import Config
 from jgrpo.policy.batch import Rows
-from jgrpo.policy.lora import split
+from jgrpo.policy.lora import split, stacked_up
 from jgrpo.policy.model import Decoder, ModelConfig
 from jgrpo.run.curves import COLOURS, GRID, INK
 from jgrpo.run.session import configure_jax
@@ -87,7 +87,8 @@ class Trainer:
             model_config(args, point), rngs=nnx.Rngs(0), rank=point.rank, alpha=config.lora_alpha,
             target_modules=config.lora_target_modules,
         )  # fmt: skip
-        self.learner = Learner(config, *split(model))
+        graph, adapter, base = split(model)
+        self.learner = Learner([config], graph, stacked_up([adapter]), base)
         rng = np.random.default_rng(0)
         ids = lambda n: rng.integers(args.vocab_size, size=n).tolist()  # noqa: E731
         n = point.n_completions
@@ -102,7 +103,7 @@ class Trainer:
 
     def learn(self) -> None:
         start = time.perf_counter()
-        self.learner.learn(self.rows)
+        self.learner.learn({0: self.rows})
         self.seconds.append(time.perf_counter() - start)
 
     @property

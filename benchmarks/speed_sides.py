@@ -20,6 +20,7 @@ def open_jgrpo(config: Config, folder: Path, lines: list[dict], _: int) -> tuple
     import jax
 
     from jgrpo.policy import adapter
+    from jgrpo.policy.lora import stacked_up
     from jgrpo.run.session import configure_jax, open_policy
     from jgrpo.study.compare import saved_rows
     from jgrpo.update.learner import Learner
@@ -27,14 +28,15 @@ def open_jgrpo(config: Config, folder: Path, lines: list[dict], _: int) -> tuple
     configure_jax()
     policy = open_policy(config)
     start = adapter.load(folder / "adapter", policy.adapter)
-    learner, rows = Learner(config, policy.graph, start, policy.base), saved_rows(config, lines)
+    learner = Learner([config], policy.graph, stacked_up([start]), policy.base)
+    rows = saved_rows(config, lines)
 
     def on_gpu() -> tuple[int, int]:
         stats = jax.devices()[0].memory_stats()
         return stats["bytes_in_use"], stats["peak_bytes_in_use"]
 
     memory = on_gpu if jax.default_backend() == "gpu" else resident_bytes
-    return lambda: learner.learn(rows)["train/grad_norm"], memory
+    return lambda: learner.learn({0: rows})[0]["train/grad_norm"], memory
 
 
 def open_torch(

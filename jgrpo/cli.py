@@ -49,10 +49,19 @@ class Command:
 class Train(Command):
     """Train a LoRA adapter by GRPO against a verifiable reward."""
 
-    resume: Path | None = None
-    """Run folder to go on with, from its last checkpoint and with its own config."""
+    config: tuple[Path, ...] = ()  # type: ignore[assignment]
+    """A config that comes with jgrpo, by name (tiny); a file of Python that defines `config`; or a
+    run's config.json. Its values become the defaults below. Several are trained side by side over
+    one base, each into a run folder of its own; flags are for all of them."""
+    seeds: tuple[int, ...] = ()
+    """Train each config with these seeds, side by side."""
+    resume: tuple[Path, ...] = ()
+    """Run folder to go on with, from its last checkpoint and with its own config; the folders of
+    runs that were side by side go on so, each from the last step that all have."""
     dry_run: bool = False
     """Read everything but the weights, say how much memory training will take, and stop."""
+    members: tuple[Config, ...] = ()
+    """The configs of all that are trained."""
 
 
 @dataclass(frozen=True)
@@ -132,32 +141,38 @@ def parse(kind: type[C], argv: Sequence[str] | None = None, *, name: str = "") -
     """
     args = list(sys.argv[1:] if argv is None else argv)
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found"
+    several = "*" if kind is Train else None
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    first.add_argument("--config", type=Path)
-    for word in ("resume", "run", "adapter"):
+    first.add_argument("--config", type=Path, nargs=several)
+    first.add_argument("--resume", type=Path, nargs=several)
+    for word in ("run", "adapter"):
         first.add_argument(f"--{word}", type=Path)
     try:
         given, _ = first.parse_known_args(args)
     except argparse.ArgumentError:
         nothing = dict.fromkeys(("config", "resume", "run", "adapter"))
         given = argparse.Namespace(**nothing)  # tyro says what is wrong
-    config = Config()
-    if given.resume is not None and kind is Train:
-        if given.config is not None:
+    if [] in (given.config, given.resume):
+        raise InputError(f"--{'config' if given.config == [] else 'resume'}: of what? Name it")
+    configs = [Config()]
+    if given.resume and kind is Train:
+        if given.config:
             raise InputError("--resume goes on with the run's own config; leave --config away")
-        config = resumed_config(given.resume)
-    elif given.config is not None:
-        config = load_config(given.config)
+        configs = [resumed_config(run) for run in given.resume]
+    elif given.config:
+        configs = [load_config(file) for file in (given.config if several else [given.config])]
     elif kind is Evaluate and (run := given.run or run_of_adapter(given.adapter)):
-        config = resumed_config(run)
+        configs = [resumed_config(run)]
+    config = configs[0]
     prog = f"python -m jgrpo.{name or kind.__name__.lower()}"
     command: C = parse_flags(kind, config, args, prog)
-    if isinstance(command, Train) and command.resume is not None:
-        _check_resume(config, command.options)
-    if not isinstance(command, Evaluate) and command.options.adapter and given.resume is None:
+    words = {word.partition("=")[0].removeprefix("--") for word in plain(args)}
+    if isinstance(command, Train):
+        members = _members(command, configs, words)
+        command = dataclasses.replace(command, options=members[0], members=members)
+    elif not isinstance(command, Evaluate) and command.options.adapter:
         from jgrpo.run.session import begun  # only now: help and mistakes do not wait for JAX
 
-        words = {word.partition("=")[0].removeprefix("--") for word in plain(args)}
         command = dataclasses.replace(command, options=begun(command.options, words))
     if isinstance(command, Evaluate):
         against = command.against if str(command.against) == "base" else _last_of(command.against)
@@ -167,6 +182,27 @@ def parse(kind: type[C], argv: Sequence[str] | None = None, *, name: str = "") -
         for line in unread_by_evaluation(changed):
             print(f"note: {line}", file=sys.stderr)
     return command
+
+
+def _members(command: Train, configs: Sequence[Config], words: set[str]) -> tuple[Config, ...]:
+    """All that is to be trained: each config with the flags that were given, and each seed."""
+    if command.resume and command.seeds:
+        raise InputError("--resume goes on with the run's own seed; leave --seeds away")
+    names = [f.name for f in dataclasses.fields(Config) if f.name in words]
+    flags = {name: getattr(command.options, name) for name in names}
+    members = [command.options, *(dataclasses.replace(c, **flags) for c in configs[1:])]
+    for saved, asked in zip(configs, members, strict=True) if command.resume else ():
+        _check_resume(saved, asked)
+    if any(config.adapter for config in members) and not command.resume:
+        from jgrpo.run.session import begun  # only now: help and mistakes do not wait for JAX
+
+        members = [begun(config, words) for config in members]
+    seeds = command.seeds or (None,)
+    return tuple(
+        config if seed is None else dataclasses.replace(config, seed=seed)
+        for config in members
+        for seed in seeds
+    )
 
 
 def _adapter_of(command: Evaluate) -> Path | None:

@@ -55,7 +55,7 @@ def parse_flags(kind: type, config: Config, args: Sequence[str], prog: str) -> A
     gives the defaults, and what a flag of the command's own hides. Ends the process where the words
     cannot be read; InputError where the values cannot be used."""
     words = plain([*args])
-    own = [f for f in dataclasses.fields(kind) if f.name != "options"]
+    own = [f for f in dataclasses.fields(kind) if f.name not in ("options", "members")]
     hidden = {f.name: getattr(config, f.name) for f in own if hasattr(config, f.name)}
     names_of = {title: [n for n in names if n not in hidden] for title, names in sections().items()}
     groups = {title: _group(title, names, config) for title, names in names_of.items()}

@@ -23,6 +23,7 @@ import numpy as np
 import tyro
 
 from jgrpo.policy import adapter as adapters
+from jgrpo.policy.lora import stacked_up
 from jgrpo.run.checkpoint import Checkpoints
 from jgrpo.run.rundir import as_begun, existing_adapter, read_metrics, rollouts_file
 from jgrpo.run.session import configure_jax, open_policy
@@ -64,17 +65,18 @@ def replay(run: Path, step: int) -> dict[str, tuple[float, float]]:
         )
     policy = open_policy(as_begun(config, run))
     before = adapters.load(existing_adapter(run, step - 1), policy.adapter)
-    learner = Learner(config, policy.graph, before, policy.base, start=policy.adapter)
+    both = stacked_up([before]), stacked_up([policy.adapter])
+    learner = Learner([config], policy.graph, both[0], policy.base, starts=both[1])
     if step - 1 in saved:
-        learner.state = checkpoints.restore(step - 1, learner.state)
-    metrics = learner.learn(saved_rows(config, lines))
+        learner.set_state(0, checkpoints.restore(step - 1, learner.state(0)))
+    metrics = learner.learn({0: saved_rows(config, lines)})[0]
     figures = {
         tag: (math.nan if logged[tag] is None else logged[tag], metrics[tag])
         for tag in metrics
         if tag in logged and tag not in NOT_OF_THE_STEP
     }
     if step - 1 in saved:
-        new = adapters.adapter_arrays(learner.state[0])
+        new = adapters.adapter_arrays(learner.state(0)[0])
         old = adapters.load(existing_adapter(run, step), policy.adapter)
         pairs = ((new[key], array) for key, array in adapters.adapter_arrays(old).items())
         largest = max(float(np.abs(a - b).max()) for a, b in pairs)

@@ -17,33 +17,41 @@ if __name__ == "__main__":  # before JAX is imported: help and mistakes are answ
 
 import shutil
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
+import numpy as np
 
 from jgrpo.advantages import group_advantages, leave_one_out
 from jgrpo.checks import without_effect
 from jgrpo.config import Config
+from jgrpo.members import check_together
 from jgrpo.policy import adapter as adapters
+from jgrpo.policy.batch import Rows
 from jgrpo.rewards import load_functions
 from jgrpo.rollout import Sampler
 from jgrpo.run import memory
 from jgrpo.run.alike import Alike
 from jgrpo.run.collect import Collector
+from jgrpo.run.differences import run_names
 from jgrpo.run.difficulty import of_this_difficulty
-from jgrpo.run.evaluation import evaluate
+from jgrpo.run.evaluation import evaluate_members
+from jgrpo.run.groups import Rollout
 from jgrpo.run.probe import check_sampler, gap_problem
-from jgrpo.run.record import Record, skipped_at_the_end
+from jgrpo.run.record import Record, common_step, skipped_at_the_end, stop, where_it_went
 from jgrpo.run.rundir import adapter_folder, read_metrics, run_id, write_rollouts
 from jgrpo.run.runlog import RunLog
+from jgrpo.run.screen import Screen
 from jgrpo.run.session import (
     Session,
     begun,
     columns_of,
     configure_jax,
-    open_policy,
+    open_policies,
     open_problems,
     open_sampler,
     open_session,
@@ -55,127 +63,196 @@ MOST_SKIPPED = 3
 
 
 @dataclass
+class Member:
+    """One of the runs that are trained side by side: what it is, and what it leaves behind."""
+
+    config: Config
+    record: Record
+    log: RunLog
+    ended: str = ""
+    """Why it takes part no more; empty while it does."""
+    folder: Path = Path()
+    """Of its last adapter."""
+    state: Any = None
+    """That adapter and the optimizer's state, on the host."""
+
+    def __post_init__(self) -> None:
+        self.alike = Alike(self.config, str(self.record.run_dir))
+
+    @property
+    def of(self) -> str:
+        """Which run an error is of, where there are several."""
+        return f"{self.log.name.strip()}, " if self.log.name else ""
+
+    def advantages(self, rollout: Rollout) -> np.ndarray:
+        """float32 [P, G]"""
+        advantages_of = leave_one_out if self.config.use_leave_one_out else group_advantages
+        return advantages_of(rollout.rewards.total, self.config.use_std_norm)
+
+    def rows(self, rollout: Rollout, advantages: np.ndarray) -> Rows:
+        return rollout.rows(advantages, self.config.mask_truncated_completions)
+
+
+@dataclass
 class Loop:
-    """What a run reads, changes and leaves behind, and the steps over it."""
+    """What the runs read, change and leave behind, and the steps over it."""
 
     session: Session
     learner: Learner
     sampler: Sampler
-    record: Record
-    log: RunLog
+    members: list[Member]
+    screen: Screen
 
     def step(self, step: int) -> None:
-        """Sample with adapter step - 1, learn from it, publish adapter `step`, log."""
-        c, log, start_s = self.session.config, self.log, time.perf_counter()
-        rollout = self.collector.collect(step, log)
-        with log.phase("reward"):
-            rewards = rollout.rewards
-            advantages_of = leave_one_out if c.use_leave_one_out else group_advantages
-            advantages = advantages_of(rewards.total, c.use_std_norm)
-        with log.phase("training"):
-            metrics = self.learner.learn(rollout.rows(advantages, c.mask_truncated_completions))
-        self.check_policy(step, metrics)
-        with log.phase("export"):
-            lines = [*rollout.lines(advantages)]
-            write_rollouts(self.record.run_dir, step, lines)
+        """Sample with adapters step - 1, learn from it, publish adapters `step`, log."""
+        screen, members, start_s = self.screen, self.members, time.perf_counter()
+        rollouts = self.collector.collect(step, screen, self.running)
+        with screen.phase("reward"):
+            advantages = {e: members[e].advantages(rollout) for e, rollout in rollouts.items()}
+        with screen.phase("training"):
+            rows = {e: members[e].rows(r, advantages[e]) for e, r in rollouts.items()}
+            metrics = self.learner.learn(rows)
+        self.check_policies(step, metrics)
+        with screen.phase("export"):
+            lines = {e: [*r.lines(advantages[e], self.learner.logprobs[e])]
+                     for e, r in rollouts.items()}  # fmt: skip
+            for e in lines:
+                write_rollouts(members[e].record.run_dir, step, lines[e])
         self.publish(step)
-        metrics |= step_metrics(rollout, rewards, advantages) | log.take_seconds()
-        log.log(step, metrics | {"time/step": time.perf_counter() - start_s}, lines)
-        self.record.keep(step, self.learner.state)
-        self.check_updates(step, metrics)
-        if message := self.alike.after(step, metrics):
-            log.info(message, style="yellow")
+        seconds = screen.take_seconds() | {"time/step": time.perf_counter() - start_s}
+        for e, rollout in rollouts.items():
+            metrics[e] |= step_metrics(rollout, advantages[e]) | seconds
+            self.tell(step, e, metrics[e], lines[e])
 
     def run(self) -> None:
         """All steps that are left, each with what is due after it."""
-        c = self.session.config
+        shared = self.session.shared
         self.start()
-        for step in range(self.record.first + 1, c.n_grpo_steps + 1):
+        for step in range(self.members[0].record.first + 1, shared.n_grpo_steps + 1):
             self.step(step)
             self.evaluate_if_due(step)
-            if step % c.checkpoint_every == 0 or step == c.n_grpo_steps:
-                self.record.save()
-        self.record.finish(self.log)
+            if step % shared.checkpoint_every == 0 or step == shared.n_grpo_steps:
+                for e in self.running:
+                    self.members[e].record.save()
+        shares = where_it_went(self.screen.shares(), shared)
+        self.screen.info(f"{self.screen.summary()}\n{shares}")
+        for member in self.members:
+            member.record.finish(member.log)
+        if ended := [member.ended for member in self.members if member.ended]:
+            raise RunError("\n".join(ended))
+
+    @property
+    def running(self) -> list[int]:
+        """The members that take part."""
+        return [e for e, member in enumerate(self.members) if not member.ended]
 
     def start(self) -> None:
-        """Everything before the next step: self-tests, the probe, the adapter, its evaluation (if
-        the run was not stopped after it), the first checkpoint."""
-        session, first, run_dir = self.session, self.record.first, self.record.run_dir
-        self.record.tell(self.log)
-        self.alike = Alike(session.config, str(run_dir))
+        """Everything before the next step: self-tests, the probe, the adapters, their evaluation
+        (if the run was not stopped after it), the first checkpoint."""
+        session, records = self.session, [member.record for member in self.members]
+        first = records[0].first
+        for member in self.members:
+            member.record.tell(member.log)
         self.collector = Collector(
-            session.config, session.problems, self.sampler, session.grader, session.scorers
+            session.configs, session.problems, self.sampler, session.grader, session.scorers
         )
         session.grader.self_test()
         if not memory.is_small(session.policy):
             self.rehearse()
-        probe = run_dir / "adapters" / "probe"
-        with self.log.phase("probe"):
+        probes = [record.run_dir / "adapters" / "probe" for record in records]
+        with self.screen.phase("probe"):
             gaps = check_sampler(
-                session.config, session.policy, self.sampler, session.problems, probe
+                session.configs, session.policy, self.sampler, session.problems, probes
             )
-        self.log.info(
+        self.screen.info(
             "the sampler follows the adapter: gap {probe/gap_mean:.1e} mean, {probe/gap_max:.1e} "
             "max (to the base: {probe/gap_to_base_mean:.1e})".format(**gaps)
         )
-        if (folder := adapter_folder(run_dir, first)).exists():
-            self.sampler.load(folder)
-        else:
-            self.publish(first)
-        shutil.rmtree(probe)  # only now: a server dies if a loaded adapter's folder goes
-        self.log.take_seconds()
-        rows = read_metrics(run_dir)
-        self.learner.skipped_in_a_row = skipped_at_the_end(rows, session.config.updates_per_rollout)
-        if not any(row["step"] == first and "eval/accuracy" in row for row in rows):
+        self.publish(first)
+        for probe in probes:
+            shutil.rmtree(probe)  # only now: a server dies if a loaded adapter's folder goes
+        self.screen.take_seconds()
+        evaluated = []
+        for e, record in enumerate(records):
+            rows = read_metrics(record.run_dir)
+            n_updates = session.configs[e].updates_per_rollout
+            self.learner.skipped_in_a_row[e] = skipped_at_the_end(rows, n_updates)
+            evaluated.append(any(r["step"] == first and "eval/accuracy" in r for r in rows))
+        if not all(evaluated):
             self.evaluate_if_due(first)
-        self.record.save()
+        for record in records:
+            record.save()
 
     def rehearse(self) -> None:
         """Train on the largest micro-batch that can come, and forget it: what does not fit into
         memory shows before anything is sampled."""
         lengths = [len(problem.prompt_ids) for problem in self.session.problems.train]
-        batch = memory.largest_micro_batch(self.session.config, lengths)
-        with self.log.phase("rehearsal"):
-            learner, (adapter, _) = self.learner, self.learner.state
-            jax.block_until_ready(learner.update.gradient(adapter, learner.base, [batch], 1.0))
+        batch = memory.largest_micro_batch(self.session.shared, lengths)
+        with self.screen.phase("rehearsal"):
+            learner = self.learner
+            gradient = learner.update.gradient(learner.adapters, learner.base, [batch], 1.0)
+            jax.block_until_ready(gradient)
 
-    def check_policy(self, step: int, metrics: dict[str, float]) -> None:
-        """RunError if the completions of a step were not sampled from its adapter."""
-        if problem := gap_problem(metrics, self.session.config):
-            raise RunError(f"step {step}: {problem}")
+    def check_policies(self, step: int, metrics: dict[int, dict[str, float]]) -> None:
+        """RunError if the completions of a step were not sampled from its adapters."""
+        for e, of_member in metrics.items():
+            member = self.members[e]
+            if problem := gap_problem(of_member, member.config):
+                raise RunError(f"{member.of}step {step}: {problem}")
 
-    def check_updates(self, step: int, metrics: dict[str, float]) -> None:
-        """Warn of updates that were skipped; RunError for too many of them in a row."""
+    def tell(self, step: int, e: int, metrics: dict[str, float], lines: list[dict]) -> None:
+        """Log a member's step, which is whole now; warn of updates that were skipped, end it for
+        too many of them in a row. RunError if it is the last."""
+        member = self.members[e]
+        member.log.log(step, metrics, lines)
+        member.record.keep(step, member.state)
+        if message := member.alike.after(step, metrics):
+            member.log.info(message, style="yellow")
         if not metrics["train/skipped_updates"]:
             return
         message = (
             f"step {step}: {metrics['train/skipped_updates']:.0f} update(s) skipped, the loss or "
             f"its gradient is not finite: loss {metrics['train/loss']}, gradient norm "
             f"{metrics['train/grad_norm']}. To see it again: python -m jgrpo.replay "
-            f"{self.record.run_dir} --step {step}"
+            f"{member.record.run_dir} --step {step}"
         )
-        if self.learner.skipped_in_a_row >= MOST_SKIPPED:
-            raise RunError(f"{message}\n{MOST_SKIPPED} in a row: start a run with a lower lr")
-        self.log.info(message, style="yellow")
+        if self.learner.skipped_in_a_row[e] < MOST_SKIPPED:
+            member.log.info(message, style="yellow")
+            return
+        message += f"\n{MOST_SKIPPED} in a row: start a run with a lower lr"
+        if len(self.running) == 1:
+            raise RunError(message)
+        member.ended = f"{member.of}{message}"
+        member.record.save()
+        member.log.info(f"{message}; the others go on", style="red")
 
     def publish(self, step: int) -> None:
-        """Write adapter `step` and have the sampler load it."""
-        c, folder = self.session.config, adapter_folder(self.record.run_dir, step)
-        shape = adapters.AdapterConfig(c.lora_r, c.lora_alpha, c.lora_target_modules)
-        with self.log.phase("export"):
-            adapters.save(self.learner.state[0], folder, shape, c.model_id)
-        with self.log.phase("reload"):
-            self.sampler.load(folder)
+        """Write adapters `step` where they are not there, and have the sampler load them."""
+        with self.screen.phase("export"):
+            for e in self.running:
+                member, c = self.members[e], self.members[e].config
+                member.state = jax.device_get(self.learner.state(e))
+                member.folder = adapter_folder(member.record.run_dir, step)
+                shape = adapters.AdapterConfig(c.lora_r, c.lora_alpha, c.lora_target_modules)
+                if not member.folder.exists():
+                    adapters.save(member.state[0], member.folder, shape, c.model_id)
+        with self.screen.phase("reload"):
+            self.sampler.load(*(member.folder for member in self.members))
 
     def evaluate_if_due(self, step: int) -> None:
-        session, every = self.session, self.session.config.eval_every
-        if not every or (step % every and step != session.config.n_grpo_steps):
+        """Ask the evaluation problems after every so many steps, and after the last."""
+        session, c = self.session, self.session.shared
+        if not c.eval_every or (step % c.eval_every and step != c.n_grpo_steps):
             return
-        c, problems = session.config, session.problems
-        n_completions = len(problems.evaluation) * c.eval_n_samples
-        with self.log.phase("evaluation", n_completions) as progress:
-            result = evaluate(c, self.sampler, session.grader, problems, progress)
-        self.log.log(step, result.metrics | self.log.take_seconds(), result.table())
+        n_completions = len(session.problems.evaluation) * c.eval_n_samples
+        with self.screen.phase("evaluation", n_completions * len(self.running)) as progress:
+            results = evaluate_members(
+                session.configs, self.running, self.sampler, session.grader, session.problems,
+                progress,
+            )  # fmt: skip
+        seconds = self.screen.take_seconds()
+        for e, result in zip(self.running, results, strict=True):
+            self.members[e].log.log(step, result.metrics | seconds, result.table())
 
 
 def train(config: Config, resume: Path | None = None) -> Path:
@@ -183,62 +260,96 @@ def train(config: Config, resume: Path | None = None) -> Path:
 
     Whatever ends it leaves a checkpoint of the last whole step behind, if the disk takes it.
     """
+    return train_together([config], [resume])[0]
+
+
+def train_together(
+    configs: Sequence[Config], resumes: Sequence[Path | None] | None = None
+) -> list[Path]:
+    """`train` of several configs side by side over one base (`members` says what they share) ->
+    their run folders. One that ends early leaves the others alone; RunError at the end."""
     configure_jax()
-    config = begun(config) if resume is None else config
+    resumes = [*resumes] if resumes else [None] * len(configs)
+    pairs = list(zip(configs, resumes, strict=True))
+    configs = [begun(config) if resume is None else config for config, resume in pairs]
     with ExitStack() as stack:
-        session = open_session(config, stack, resume)
-        record = Record(session, resume, stack)
-        policy = session.policy
-        learner = Learner(config, policy.graph, policy.adapter, policy.base)
-        learner.state = record.restore(learner.state)
-        stops, name = session.problems.stop_token_ids, run_id(record.run_dir)
-        sampler = open_sampler(config, policy, stops, name)
+        session = open_session(configs, stack, resumes[0])
+        records = [Record(session, e, resume, stack) for e, resume in enumerate(resumes)]
+        learner, first = new_learner(session), common_step(records)
+        for e, record in enumerate(records):
+            learner.set_state(e, record.restore(first, learner.state(e)))
+        stops, name = session.problems.stop_token_ids, run_id(records[0].run_dir)
+        sampler = open_sampler(session.shared, session.policy, stops, name)
         stack.callback(sampler.close)
-        log = record.begin(stack)
+        screen = stack.enter_context(Screen(session.shared.n_grpo_steps, done=first))
+        stack.enter_context(screen.warnings())
+        names = member_names([record.run_dir for record in records])
+        members = [
+            Member(config, record, record.begin(stack, screen, member_name))
+            for config, record, member_name in zip(configs, records, names, strict=True)
+        ]
         try:
-            Loop(session, learner, sampler, record, log).run()
+            Loop(session, learner, sampler, members, screen).run()
         except BaseException as error:
             with no_more_interrupts():
-                message = record.stop()
+                message = stop([member.record for member in members if not member.ended])
             if memory.ran_out(error):
                 error = RunError(f"out of memory: {memory.KNOBS}. {str(error).splitlines()[0]}")
             if isinstance(error, KeyboardInterrupt):
                 error.args = (message,)
             if isinstance(error, RunError | OSError):
                 raise RunError(f"{error}\n{message}") from error
-            log.info(message)
+            screen.info(message)
             raise
-    return record.run_dir
+    return [record.run_dir for record in records]
 
 
-def step_metrics(rollout, rewards, advantages) -> dict[str, float]:
+def new_learner(session: Session) -> Learner:
+    policy = session.policy
+    return Learner(session.configs, policy.graph, policy.adapter, policy.base, scales=policy.scales)
+
+
+def member_names(folders: Sequence[Path]) -> list[str]:
+    """What stands before the lines of each run, all as long; nothing where there is only one."""
+    if len(folders) == 1:
+        return [""]
+    names = run_names(folders)
+    return [f"{name:>{max(map(len, names))}}" for name in names]
+
+
+def step_metrics(rollout: Rollout, advantages: np.ndarray) -> dict[str, float]:
     """Figures of all that was sampled, and of the rewards that were trained on, part by part."""
     zero = float((advantages == 0).mean())
-    return rollout.metrics | rewards.metrics | {"train/zero_advantage_fraction": zero}
+    return rollout.metrics | rollout.rewards.metrics | {"train/zero_advantage_fraction": zero}
 
 
-def dry_run(config: Config) -> None:
+def dry_run(configs: Sequence[Config]) -> None:
     """Read all input but the weights, and print what training will take of the memory."""
     configure_jax()
-    config = begun(config)
-    problems = of_this_difficulty(config, open_problems(config))
-    load_functions(config.reward_function, columns_of(problems.train))
-    policy = open_policy(config, abstract=True)
+    configs = [begun(config) for config in configs]
+    check_together(configs)
+    shared = configs[0]
+    problems = of_this_difficulty(shared, open_problems(shared))
+    for config in configs:
+        load_functions(config.reward_function, columns_of(problems.train))
+    policy = open_policies(configs, abstract=True)
     lengths = [len(problem.prompt_ids) for problem in problems.train]
     free = memory.free_memory()
-    told = [memory.training_memory(config, policy, lengths).table(free)]
-    if config.rollout == "jax":
-        told.append(memory.of_sampling(config, policy, free))
-    for line in (*problems.report, *without_effect(config), *told):
+    told = [memory.training_memory(configs, policy, lengths).table(free)]
+    if shared.rollout == "jax":
+        told.append(memory.of_sampling(configs, policy, free))
+    warnings = dict.fromkeys(line for config in configs for line in without_effect(config))
+    for line in (*problems.report, *warnings, *told):
         print(printable(line))
 
 
 def main() -> None:
     with exit_status():
+        configs = COMMAND.members
         if COMMAND.dry_run:
-            dry_run(COMMAND.options)
+            dry_run(configs)
         else:
-            train(COMMAND.options, COMMAND.resume)
+            train_together(configs, COMMAND.resume)
 
 
 if __name__ == "__main__":

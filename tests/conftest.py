@@ -35,7 +35,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Co
 
 import jgrpo
 from jgrpo.policy.batch import MicroBatch, Rows, Shape, _fill, _pack, bucket
-from jgrpo.policy.lora import LoRAParam, split
+from jgrpo.policy.lora import LoRAParam, nth, split, stacked_up
+from jgrpo.update.learner import Learner
+from jgrpo.update.step import Update
 
 OWN_FUSIONS = os.environ["XLA_FLAGS"].replace(
     " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters", ""
@@ -218,6 +220,35 @@ def merged(graph, adapter, base):
     model = nnx.merge(graph, adapter, base)
     assert nnx.state(model, LoRAParam)
     return model
+
+
+class OneMember:
+    """An Update of one member, without the axis that counts members."""
+
+    def __init__(self, update: Update, lr: float):
+        self.update, self.lr = update, lr
+
+    def init(self, adapter):
+        return nth(self.update.init(stacked_up([adapter])), 0)
+
+    def __call__(self, adapter, state, base, batches, denominator, old=None, ref=None):
+        both = stacked_up([adapter]), stacked_up([state])
+        given = np.full(1, denominator, np.float32), np.full((1, 1), self.lr, np.float32)
+        *new, metrics, logprobs = self.update(*both, base, batches, *given, old, ref)
+        return *nth(new, 0), nth(metrics, 0), logprobs
+
+    def __getattr__(self, name):
+        return getattr(self.update, name)
+
+
+class OneLearner(Learner):
+    """A Learner of one member, without the axis that counts members."""
+
+    def __init__(self, config, graph, adapter, base):
+        super().__init__([config], graph, stacked_up([adapter]), base)
+
+    def learn(self, rows):
+        return super().learn({0: rows})[0]
 
 
 def in_one_batch(rows: Rows) -> MicroBatch:

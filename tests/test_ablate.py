@@ -27,7 +27,7 @@ from jgrpo.run.session import open_policy
 from jgrpo.study import compare, report, sweep
 from jgrpo.study.variants import read_variants
 from jgrpo.train import train
-from jgrpo.update.learner import Learner, loss_of
+from jgrpo.update.learner import Learner, loss_of, parts_of, update_of
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 NAMES = ("rank1", "no_std_norm", "clip", "token_level", "dr_grpo", "gspo", "cispo", "rloo",
@@ -76,13 +76,11 @@ def gradients_of(run: Path, policy_step: int) -> tuple[compare.Comparison, dict]
     found, (configs, rows, policy, old) = compared(run, policy_step)
     expected = {}
     for (name, c), own in zip(configs.items(), rows, strict=True):
-        learner = Learner(c, policy.graph, policy.adapter, policy.base)
-        [part] = learner.parts(own)
-        old_logprobs = learner.update.logprobs(old, policy.base, part.batches)
-        total, _ = learner.update._sum(
-            policy.adapter, policy.base, part.batches, old_logprobs, None
-        )
-        loss = float(total.metrics["loss"] / part.denominator)
+        update, [part] = update_of([c], policy.graph, 16), parts_of(c, own)
+        batches = compare.batches_of(own, part.index, c)
+        old_logprobs = update.logprobs(old, policy.base, batches)
+        total, _ = update._sum(policy.adapter, policy.base, batches, old_logprobs, None)
+        loss = float(total.metrics["loss"][0] / part.denominator)
         gradient = jax.tree.map(lambda g, d=part.denominator: g / d, total.gradient)
         flat = np.concatenate([a.ravel() for a in adapter_arrays(gradient).values()])
         expected[name] = loss, flat

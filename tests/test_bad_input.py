@@ -18,6 +18,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import pytest
+from conftest import OneLearner
 from safetensors.numpy import load_file, save_file
 from tiny_run import tiny_config, write_base, write_config_file, write_prm, write_problems
 
@@ -28,7 +29,6 @@ from jgrpo.run.checkpoint import Checkpoints
 from jgrpo.run.rundir import json_line, write_config
 from jgrpo.tiny.recipe import make_tokenizer
 from jgrpo.update import learner
-from jgrpo.update.learner import Learner
 
 ROOT = Path(__file__).parent.parent
 Damage = Callable[[Path], object]
@@ -668,7 +668,8 @@ def whole(tmp_path_factory) -> Path:
         write_config(run, config, {"inputs": inputs})
         (run / "metrics.jsonl").write_text("".join(json_line({"step": k}) for k in range(3)))
         policy = session.open_policy(config)
-        state = jax.device_get(Learner(config, policy.graph, policy.adapter, policy.base).state)
+        learner = OneLearner(config, policy.graph, policy.adapter, policy.base)
+        state = jax.device_get(learner.state(0))
         checkpoints = Checkpoints(run)
         checkpoints.save(2, state)
         checkpoints.close()

@@ -175,7 +175,7 @@ def test_what_is_no_adapter_or_of_another_model_is_told_before_anything_is_spent
 
     save_file({k: v[..., :-1] for k, v in arrays.items()}, other / "adapter_model.safetensors")
     config = tiny_config(root, adapter=str(other), base_dir=str(tmp_path / "runs"))
-    for start in (train, dry_run):
+    for start in (train, lambda config: dry_run([config])):
         with pytest.raises(InputError, match="does not fit the model"):
             start(config)
     assert not (tmp_path / "runs").exists()
@@ -184,7 +184,7 @@ def test_what_is_no_adapter_or_of_another_model_is_told_before_anything_is_spent
 def test_a_dry_run_counts_its_rank(root, monkeypatch, capsys):
     real, found = memory.training_memory, []
     monkeypatch.setattr(memory, "training_memory", lambda *x: found.append(real(*x)) or found[0])
-    dry_run(begun_config(root))
+    dry_run([begun_config(root)])
     n_floats = sum(x.size for x in arrays_of(root / "start").values())
     assert found[0].adapter - 4 * 4 * n_floats in range(64)  # it, its gradient, two moments
     assert "adapter, Adam's moments, gradient" in capsys.readouterr().out

@@ -143,7 +143,7 @@ def run(tmp_path):
 
 def test_resume_takes_the_run_s_own_config(run):
     command = parse(Train, ["--resume", str(run)])
-    assert command.resume == run
+    assert command.resume == (run,)
     assert changed(command.options) == {
         "lr": 5e-4, "lora_target_modules": ("q_proj",), "lora_alpha": 8,
     }  # fmt: skip

@@ -25,7 +25,7 @@ TREES = {
 # Floors of the house (docs/architecture.md): a room is a folder, or a file beside the folders. It
 # imports from floors below its own, and within itself; the files of a floor, from each other.
 FLOORS = [
-    {"config", "checks", "errors", "home", "losses", "advantages", "estimators"},
+    {"config", "checks", "errors", "home", "losses", "advantages", "estimators", "members"},
     {"answers"},
     {"policy", "prompts"},
     {"update", "rollout", "rewards"},

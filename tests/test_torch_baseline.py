@@ -26,12 +26,13 @@ from jgrpo.policy.adapter import adapter_arrays
 from jgrpo.policy.batch import completion_mask
 from jgrpo.policy.logprobs import token_logprobs
 from jgrpo.study.compare import saved_rows
-from jgrpo.update.learner import Learner, loss_of
+from jgrpo.update.learner import loss_of
 from jgrpo.update.step import loss_denominator
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from agreement import NARROW, VARIANTS, relative_error
 from agreement_sides import arrays_of, in_float64
+from conftest import OneLearner
 from speed import Args, make_lines
 from torch_baseline import Baseline, advantages_of, load_adapter, open_model
 
@@ -278,10 +279,10 @@ def several(both):
         both.config, updates_per_epoch=2, epochs_per_step=2, use_kl_penalty=True, **NARROW
     )
     start = jax.tree.map(jnp.copy, both.new)
-    learner = Learner(config, both.graph, start, both.base)
+    learner = OneLearner(config, both.graph, start, both.base)
     before = adapter_arrays(both.new)
     metrics = learner.learn(saved_rows(config, both.lines))
-    after = adapter_arrays(learner.state[0])
+    after = adapter_arrays(learner.state(0)[0])
     return config, metrics, {k: after[k] - before[k] for k in before}
 
 

@@ -252,7 +252,7 @@ def test_updates_that_are_not_finite_are_skipped_and_three_in_a_row_end_the_run(
 PLACES = [
     pytest.param("check_sampler", 1, KeyboardInterrupt(), marks=pytest.mark.slow),
     pytest.param("group_advantages", 1, KeyboardInterrupt(), marks=pytest.mark.slow),
-    pytest.param("evaluate", 2, RunError("the server is gone"), marks=pytest.mark.slow),
+    pytest.param("evaluate_members", 2, RunError("the server is gone"), marks=pytest.mark.slow),
     ("step_metrics", 4, KeyboardInterrupt()),
 ]
 

@@ -10,9 +10,11 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -22,7 +24,7 @@ from safetensors.numpy import save as to_safetensors
 
 from jgrpo.config import PROJECTIONS
 from jgrpo.errors import InputError
-from jgrpo.policy.lora import LoRAParam
+from jgrpo.policy.lora import LoRAParam, rank_of, stacked_up, with_rank
 from jgrpo.policy.model import Decoder
 
 PREFIX = "base_model.model."
@@ -234,3 +236,18 @@ def load(folder: Path, like: nnx.State) -> nnx.State:
         shown = "\n  ".join(problems[:12]) + ("\n  ..." if len(problems) > 12 else "")
         raise InputError(f"{file} does not fit the model:\n  {shown}")
     return nnx.from_flat_state(flat)
+
+
+def load_all(folders: Sequence[Path], like: nnx.State) -> nnx.State:
+    """`load` of one folder, or of one a member into [E, ...], filled up to the rank of `like`."""
+    leaf = jax.tree.leaves(like)[0]
+    if leaf.ndim == 3:
+        [folder] = folders
+        return load(folder, like)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), like)
+    ranks = [read_config(folder).rank for folder in folders]
+    each = [
+        load(folder, jax.eval_shape(lambda a, r=r: with_rank(a, r), shapes))
+        for folder, r in zip(folders, ranks, strict=True)
+    ]
+    return stacked_up([with_rank(adapter, rank_of(like)) for adapter in each])

@@ -39,6 +39,11 @@ class Rows:
     """float32 [N]"""
     trained: np.ndarray | None = None
     """bool [N]: the completions that are trained on; None: all"""
+    members: np.ndarray | None = None
+    """int [N]: which of several adapters sampled each; None: there is one"""
+
+    def member(self, i: int) -> int:
+        return 0 if self.members is None else int(self.members[i])
 
 
 class MicroBatch(NamedTuple):
@@ -56,6 +61,10 @@ class MicroBatch(NamedTuple):
     """int32 [R, U]: 1 on a row's first completion, 2 on its second, ...; 0 on padding"""
     row_prompts: np.ndarray
     """uint32 [R]: which prompt a row's completions answer"""
+    members: np.ndarray
+    """uint32 [P]: which of several adapters computes a prompt and its completions"""
+    completions: np.ndarray
+    """uint32 [N]: which of the rollout's each is; what only fills up is beyond their end"""
     places: np.ndarray
     """uint32 [M]: the slot of each token that is computed, among those of the prompts and then the
     rows, flattened; P S + R U where it only fills up"""
@@ -161,7 +170,8 @@ def largest_micro_batch(
 
 def _plans(rows, index, micro_batch_size, max_prompt_tokens, max_tokens):
     """The shapes that a rollout may have, and how it is cut for each."""
-    runs = [list(g) for _, g in groupby(rows.prompts, tuple)]  # of one prompt, which may come again
+    whose = lambda i: (rows.member(i), tuple(rows.prompts[i]))  # noqa: E731
+    runs = [list(g) for _, g in groupby(range(len(rows.prompts)), whose)]  # either may come again
     run_of = [n for n, run in enumerate(runs) for _ in run]
     groups = [list(g) for _, g in groupby(index, run_of.__getitem__)]
     s = width(max(SMALLEST_PROMPT, *(len(rows.prompts[g[0]]) for g in groups)), max_prompt_tokens)
@@ -250,6 +260,8 @@ def _fill(rows: Rows, shape: Shape, parts: Sequence[Packed]) -> MicroBatch:
         rows=np.zeros((shape.r, shape.u), np.int32),
         segments=np.zeros((shape.r, shape.u), np.int32),
         row_prompts=np.zeros(shape.r, np.uint32),
+        members=np.zeros(shape.p, np.uint32),
+        completions=np.full(n, len(rows.completions), np.uint32),
         places=np.arange(shape.m, dtype=np.uint32),
         starts=np.zeros(n, np.uint32),
         mask=np.zeros((n, shape.u), np.float32),
@@ -260,6 +272,7 @@ def _fill(rows: Rows, shape: Shape, parts: Sequence[Packed]) -> MicroBatch:
     for p, packed in enumerate(parts):
         prompt = _prompt(rows, packed)
         batch.prompts[p, : len(prompt)], batch.prompt_lengths[p] = prompt, len(prompt)
+        batch.members[p] = rows.member(packed[0][0])
         for members in packed:
             batch.row_prompts[row] = p
             start = 0
@@ -267,7 +280,7 @@ def _fill(rows: Rows, shape: Shape, parts: Sequence[Packed]) -> MicroBatch:
                 end = start + len(rows.completions[i])
                 batch.rows[row, start:end] = rows.completions[i]
                 batch.segments[row, start:end] = segment
-                batch.starts[slot] = row * shape.u + start
+                batch.completions[slot], batch.starts[slot] = i, row * shape.u + start
                 batch.mask[slot, : end - start] = rows.trained is None or rows.trained[i]
                 batch.sampler_logprobs[slot, : end - start] = rows.sampler_logprobs[i]
                 batch.advantages[slot] = rows.advantages[i]

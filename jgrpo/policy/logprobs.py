@@ -14,11 +14,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.tree_util import Partial
 
 from jgrpo.policy.attention import Attend, attention, causal_mask
 from jgrpo.policy.backend import backend
 from jgrpo.policy.batch import MicroBatch
+from jgrpo.policy.lora import LoRAParam, own_columns
 from jgrpo.policy.model import Decoder, positions_in
 from jgrpo.policy.tape import Tape
 
@@ -54,19 +56,25 @@ def hidden_states(
     batch: MicroBatch,
     tape: Tape | None,
     *,
+    n_members: int = 1,
     checkpoint: bool = False,
     attn_implementation: str = "xla",
 ) -> tuple[jax.Array, Tape | None]:
-    """The computed tokens' final hidden states [1, M, D], and the tape, written (`taped_scan`)."""
+    """The computed tokens' final hidden states [1, M, D], and the tape, written (`taped_scan`).
+    The model's adapter is `n_members` side by side."""
     (p, s), lengths = batch.prompts.shape, jnp.asarray(batch.prompt_lengths)
     ids = jnp.concatenate([batch.prompts.reshape(-1), batch.rows.reshape(-1)])
     in_rows = lengths[batch.row_prompts][:, None] + positions_in(jnp.asarray(batch.segments))
     positions = jnp.concatenate([jnp.tile(jnp.arange(s), p), in_rows.reshape(-1)])
-    ids, positions = (
-        x.at[batch.places].get(mode="fill", fill_value=0)[None] for x in (ids, positions)
+    of_prompts = jnp.asarray(batch.members)
+    of_rows = jnp.repeat(of_prompts[batch.row_prompts], batch.rows.shape[1])
+    members = jnp.concatenate([jnp.repeat(of_prompts, s), of_rows])
+    ids, positions, members = (
+        x.at[batch.places].get(mode="fill", fill_value=0)[None] for x in (ids, positions, members)
     )
+    own = own_columns(members, nnx.state(model, LoRAParam), n_members)
     attend = _shared_prompts(batch, attn_implementation)
-    return model.model(ids, positions, attend, checkpoint=checkpoint, tape=tape)
+    return model.model(ids, positions, attend, own=own, checkpoint=checkpoint, tape=tape)
 
 
 def head_logprobs(

@@ -2,9 +2,14 @@
 
 LoRA: Hu et al. 2021, https://arxiv.org/abs/2106.09685, section 4.1. No dropout and no bias: the
 study uses neither, and both would make the policy that is trained differ from the one sampled.
+
+E adapters over one base are one of rank E R: A and B stand side by side, and of x A each token
+keeps the R columns of its own (`own_columns`).
 """
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +17,8 @@ from flax import nnx
 
 from jgrpo.policy.backend import backend
 from jgrpo.policy.remat import keep
+
+Tree = Any
 
 
 class LoRAParam(nnx.Param):
@@ -33,43 +40,115 @@ class LoRADense(nnx.Module):
         self.lora_B = LoRAParam(jnp.zeros((rank, fan_out))) if rank else None
         self.scale = alpha / rank if rank else 0.0
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, own: jax.Array | None = None) -> jax.Array:
+        """`own` bool [..., R]: the columns of x A that are not zeroed (`own_columns`)."""
         if self.lora_A is not None and self.lora_B is not None:
             a, b = self.lora_A[...], self.lora_B[...] * self.scale
-            y = adapted(x, self.kernel[...], a.astype(x.dtype), b.astype(x.dtype))
+            y = adapted(x, self.kernel[...], a.astype(x.dtype), b.astype(x.dtype), own)
         else:
             y = x @ self.kernel[...]
         return y if self.bias is None else y + self.bias[...]
 
 
 @jax.custom_vjp
-def adapted(x: jax.Array, w: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-    """x W + (x A) B, with a gradient that XLA does not fuse to death.
+def adapted(x: jax.Array, w: jax.Array, a: jax.Array, b: jax.Array, own=None) -> jax.Array:
+    """x W + (x A) B, with a gradient that XLA does not fuse to death; of x A what is `own`.
 
     Left to itself XLA (CPU, jaxlib 0.10) merges the products with A and B into the elementwise
     code around them, transposed, and reads the activations column by column.
     """
-    return x @ w + (x @ a) @ b
+    return x @ w + _kept(x @ a, own) @ b
 
 
-def _adapted_forward(x, w, a, b):
-    h = keep(x @ a)
-    return x @ w + h @ b, (x, w, a, b, h)
+def _kept(h: jax.Array, own: jax.Array | None) -> jax.Array:
+    return h if own is None else jnp.where(own, h, 0)  # not h * own: 0 times infinity is NaN
+
+
+def _adapted_forward(x, w, a, b, own):
+    h = _kept(keep(x @ a), own)
+    return x @ w + h @ b, (x, w, a, b, h, own)
 
 
 def _adapted_backward(saved, dy):
-    (x, w, a, b, h), shape = saved, saved[0].shape
+    (x, w, a, b, h, own), shape = saved, saved[0].shape
     if backend().lora_gradient_alone == "all" or x.shape == dy.shape:
         x, dy = jax.lax.optimization_barrier((x, dy))
+    own = own if own is None else jnp.broadcast_to(own, h.shape).reshape(-1, h.shape[-1])
     x, dy, h = (y.reshape(-1, y.shape[-1]) for y in (x, dy, h))
-    dh = dy @ b.T
+    dh = _kept(dy @ b.T, own)
     dx = (dy @ w.T + dh @ a.T).reshape(shape)
     da = (dh.T @ x).T
     db = h.T @ dy
-    return dx, x.T @ dy, da, db  # the kernel's is dropped where only the adapter is trained
+    return dx, x.T @ dy, da, db, None  # the kernel's is dropped where only the adapter is trained
 
 
 adapted.defvjp(_adapted_forward, _adapted_backward)
+
+
+# -- several side by side --------------------------------------------------------------------------
+
+
+def side_by_side(adapters: nnx.State, scales: Sequence[float]) -> nnx.State:
+    """Adapters A [E, L, in, R] and B [E, L, R, out] as one: A [L, in, E R] and B [L, E R, out], the
+    e-th B times scales[e]. (One alone, without the leading axis, is as it is.)"""
+
+    def one(path, leaf):
+        x = leaf[...]
+        if x.ndim == 3:
+            return leaf
+        if path[-1] == "lora_B":
+            x = x * jnp.asarray(scales, x.dtype)[:, None, None, None]
+            return leaf.replace(jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, x.shape[3]))
+        return leaf.replace(jnp.moveaxis(x, 0, 2).reshape(*x.shape[1:3], -1))
+
+    return nnx.from_flat_state(
+        (path, one(path, leaf)) for path, leaf in nnx.to_flat_state(adapters)
+    )
+
+
+def own_columns(members: jax.Array, adapter: nnx.State, n_members: int) -> jax.Array | None:
+    """bool [..., E R]: which columns of x A are those of a token's member [...], where `adapter` is
+    `n_members` side by side. None where there is only one."""
+    if n_members == 1:
+        return None
+    rank = rank_of(adapter)
+    of_column = jnp.arange(rank, dtype=members.dtype) // (rank // n_members)
+    return members[..., None] == of_column
+
+
+def rank_of(adapter: nnx.State) -> int:
+    """The rank of its arrays."""
+    flat = nnx.to_flat_state(adapter)
+    return next(leaf.shape[-1] for path, leaf in flat if path[-1] == "lora_A")
+
+
+def stacked_up(trees: Sequence[Tree]) -> Tree:
+    """Trees of one shape as one, with a leading axis."""
+    return jax.tree.map(lambda *x: jnp.stack(x), *trees)
+
+
+def nth(tree: Tree, e: int) -> Tree:
+    """One of those."""
+    return jax.tree.map(lambda x: x[e], tree)
+
+
+def with_rank(tree: Tree, rank: int) -> Tree:
+    """Arrays A [..., in, R] and B [..., R, out] of an adapter, or of Adam's moments of one, cut or
+    filled up with zeros to another rank; other leaves as they are."""
+
+    def one(path, leaf):
+        names = jax.tree_util.keystr(path)
+        axis = leaf.ndim - 1 if "lora_A" in names else leaf.ndim - 2 if "lora_B" in names else None
+        if axis is None or leaf.shape[axis] == rank:
+            return leaf
+        if leaf.shape[axis] > rank:
+            return leaf[(slice(None),) * axis + (slice(rank),)]
+        return jnp.pad(leaf, [(0, rank - n if i == axis else 0) for i, n in enumerate(leaf.shape)])
+
+    return jax.tree.map_with_path(one, tree)
+
+
+# -- one -------------------------------------------------------------------------------------------
 
 
 def split(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:

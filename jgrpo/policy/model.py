@@ -153,15 +153,15 @@ class Attention(nnx.Module):
         self.k_norm = parts.norm(c.head_width) if c.qk_norm else None
         self.head_width = c.head_width
 
-    def __call__(self, x, rope, attend: Attend, cache):
+    def __call__(self, x, rope, attend: Attend, own, cache):
         q, k, v = (
-            keep(project(x)).reshape(*x.shape[:2], -1, self.head_width)
+            keep(project(x, own)).reshape(*x.shape[:2], -1, self.head_width)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         out, kept = attend(rotate(q, *rope), rotate(k, *rope), v, cache)
-        return self.o_proj(out.reshape(*x.shape[:2], -1)), kept
+        return self.o_proj(out.reshape(*x.shape[:2], -1), own), kept
 
 
 class MLP(nnx.Module):
@@ -173,9 +173,9 @@ class MLP(nnx.Module):
         self.up_proj = parts.dense("up_proj", c.width, c.ff_width)
         self.down_proj = parts.dense("down_proj", c.ff_width, c.width)
 
-    def __call__(self, x):
-        gate, up = keep(self.gate_proj(x)), keep(self.up_proj(x))
-        return self.down_proj(jax.nn.silu(gate) * up)
+    def __call__(self, x, own):
+        gate, up = keep(self.gate_proj(x, own)), keep(self.up_proj(x, own))
+        return self.down_proj(jax.nn.silu(gate) * up, own)
 
 
 class DecoderLayer(nnx.Module):
@@ -187,10 +187,10 @@ class DecoderLayer(nnx.Module):
         self.post_attention_layernorm = parts.norm(parts.config.width)
         self.mlp = MLP(parts)
 
-    def __call__(self, x, rope, attend: Attend, cache):
-        out, kept = self.self_attn(self.input_layernorm(x), rope, attend, cache)
+    def __call__(self, x, rope, attend: Attend, own, cache):
+        out, kept = self.self_attn(self.input_layernorm(x), rope, attend, own, cache)
         x = keep(x + out)
-        return x + self.mlp(self.post_attention_layernorm(x)), kept
+        return x + self.mlp(self.post_attention_layernorm(x), own), kept
 
 
 class Embedding(nnx.Module):
@@ -220,15 +220,17 @@ class Body(nnx.Module):
         attend: Attend,
         cache=None,
         *,
+        own: jax.Array | None = None,
         checkpoint: bool = False,
         tape: Tape | None = None,
     ):
         """ids, positions [N, T] -> final hidden states [N, T, D] and what `attend` kept [L, ...].
+        `own` [N, T, R], where several adapters stand side by side: `lora.own_columns`.
 
         A layer keeps what is marked for its backward pass, with `checkpoint` its input alone. With
         a `tape` (`taped_scan`) it does so there, `attend` keeps nothing, and the tape is returned.
         """
-        shared = self.config.rope.angles(positions), attend
+        shared = self.config.rope.angles(positions), attend, own
         graph, adapter, base = split(self.layers)
 
         layer = _layer(graph, checkpoint)

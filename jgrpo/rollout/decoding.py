@@ -17,6 +17,8 @@ from jax.tree_util import Partial
 
 from jgrpo.policy.attention import MASKED, attention, causal_mask
 from jgrpo.policy.backend import backend
+from jgrpo.policy.lora import own_columns, side_by_side
+from jgrpo.policy.model import Decoder
 from jgrpo.policy.tracing import traced
 
 
@@ -28,6 +30,8 @@ class Prefix(NamedTuple):
     values: jax.Array
     lengths: jax.Array
     """int32 [P]"""
+    members: jax.Array
+    """uint32 [P]: which of several adapters computes each"""
 
 
 class Decoding(NamedTuple):
@@ -79,16 +83,24 @@ def _nucleus(logits, top_p):
     return jnp.where(logits >= least, logits, MASKED)
 
 
-def prefill(graph, adapter, base, ids, lengths) -> tuple[jax.Array, Prefix]:
+def merged(graph, scales, adapter, base, members) -> tuple[Decoder, jax.Array | None]:
+    """The model with its adapter, or those of several members, and which columns of that are each
+    prompt's [P, 1, E R]."""
+    adapter = side_by_side(adapter, scales)
+    return nnx.merge(graph, adapter, base), own_columns(members[:, None], adapter, len(scales))
+
+
+def prefill(model_of, adapter, base, ids, lengths, members=None) -> tuple[jax.Array, Prefix]:
     """Prompts [P, S] -> logits after the last token of each [P, V], and their prefix."""
     traced("prefill", "prompts {} x {}".format(*ids.shape))
-    model = nnx.merge(graph, adapter, base)
+    members = jnp.zeros(len(ids), jnp.uint32) if members is None else members
+    model, own = model_of(adapter, base, members)
     positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
     mask = causal_mask((positions < lengths[:, None]).astype(jnp.int32))
     attend = Partial(lambda mask, q, k, v, _: (attention(q, k, v, mask), (k, v)), mask)
-    hidden, (keys, values) = model.model(ids, positions, attend)
+    hidden, (keys, values) = model.model(ids, positions, attend, own=own)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    return model.logits(last), Prefix(keys, values, lengths)
+    return model.logits(last), Prefix(keys, values, lengths, members)
 
 
 def first_tokens(stops, logits, prefix, keys, real, temperature, top_p=None, *, group_size, greedy):
@@ -110,20 +122,20 @@ def first_tokens(stops, logits, prefix, keys, real, temperature, top_p=None, *, 
 
 
 def decode(
-    graph, stops, adapter, base, prefix, keys, temperature, top_p=None, smaller=0, width=1, *,
+    model_of, stops, adapter, base, prefix, keys, temperature, top_p=None, smaller=0, width=1, *,
     state, capacity, greedy,
 ):  # fmt: skip
     """Decode until `capacity` tokens, which the state has room for, or until `smaller` groups of
     `width` have room for all rows that go on."""
     traced("decode", "rows {} x {}, up to {capacity}".format(*keys.shape, capacity=capacity))
-    model = nnx.merge(graph, adapter, base)
+    model, own = model_of(adapter, base, prefix.members)
 
     def step(s: Decoding) -> Decoding:
         previous = jax.lax.dynamic_index_in_dim(s.tokens, s.t - 1, axis=2, keepdims=False)
         positions = jnp.broadcast_to(prefix.lengths[:, None] + s.t - 1, previous.shape)
         attend = Partial(_attend_cached, prefix.lengths, s.t - 1)
         cache = (prefix.keys, prefix.values, s.keys, s.values)
-        hidden, (k, v) = model.model(previous, positions, attend, cache)
+        hidden, (k, v) = model.model(previous, positions, attend, cache, own=own)
         token, logprob = _pick(model.logits(hidden), keys, s.t, temperature, top_p, greedy)
         put = jax.lax.dynamic_update_index_in_dim
         return Decoding(
@@ -172,7 +184,10 @@ def packed(prefix: Prefix, keys: jax.Array, state: Decoding, places: np.ndarray)
         return _taken(x, rows[:, 0] // g, axis=axis)
 
     prefix = Prefix(
-        of_prompts(prefix.keys, 1), of_prompts(prefix.values, 1), of_prompts(prefix.lengths)
+        of_prompts(prefix.keys, 1),
+        of_prompts(prefix.values, 1),
+        of_prompts(prefix.lengths),
+        of_prompts(prefix.members),
     )
     state = state._replace(
         tokens=of_rows(state.tokens),

@@ -24,6 +24,7 @@ from jgrpo.rollout.decoding import (
     decode,
     first_tokens,
     grown,
+    merged,
     packed,
     prefill,
     row_keys,
@@ -61,7 +62,8 @@ def rows_that_fit(
 
 
 class JaxSampler:
-    """Fills `rollout.Sampler`. `max_rows` completions at most are decoded at once, or one group."""
+    """Fills `rollout.Sampler`. `max_rows` completions at most are decoded at once, or one group.
+    `adapter` is one, or those of several members, [E, ...] (`scales` as in `lora.side_by_side`)."""
 
     def __init__(
         self,
@@ -72,12 +74,14 @@ class JaxSampler:
         stop_token_ids: Sequence[int],
         max_tokens: int,
         max_rows: int,
+        scales: Sequence[float] = (1.0,),
     ):
         self.adapter, self.base = adapter, base
         self.max_tokens, self.max_rows = max_tokens, max_rows
-        self._prefill = jax.jit(partial(prefill, graph))
+        model_of = partial(merged, graph, tuple(scales))
+        self._prefill = jax.jit(partial(prefill, model_of))
         self._decode = jax.jit(
-            partial(decode, graph, tuple(stop_token_ids)),
+            partial(decode, model_of, tuple(stop_token_ids)),
             static_argnames=("capacity", "greedy"),
             donate_argnames="state",
         )
@@ -85,9 +89,9 @@ class JaxSampler:
             partial(first_tokens, tuple(stop_token_ids)), static_argnames=("group_size", "greedy")
         )
 
-    def load(self, folder: Path) -> None:
-        """Sample from the adapter in this PEFT folder from now on."""
-        self.adapter = adapters.load(folder, self.adapter)
+    def load(self, *folders: Path) -> None:
+        """Sample from the adapters in these PEFT folders from now on."""
+        self.adapter = adapters.load_all(folders, self.adapter)
 
     def close(self) -> None:
         """Nothing to give back: the arrays are the trainer's."""
@@ -97,6 +101,7 @@ class JaxSampler:
         prompts: Sequence[Sequence[int]],
         *,
         seeds: Sequence[int],
+        members: Sequence[int] | None = None,
         group_size: int = 1,
         temperature: float = 1.0,
         top_p: float = 1.0,
@@ -107,26 +112,28 @@ class JaxSampler:
         size = max(1, self.max_rows // group_size)
         while size >= 4 * len(prompts):  # few sizes: each is a compilation
             size //= 4
+        members = members or [0] * len(prompts)
         completions: list[list[Completion]] = []
         for start in range(0, len(prompts), size):
             chunk = slice(start, start + size)
             completions += self._sample_chunk(
-                prompts[chunk], seeds[chunk], size, group_size, temperature, top_p,
+                prompts[chunk], seeds[chunk], members[chunk], size, group_size, temperature, top_p,
                 max_tokens or self.max_tokens, progress,
             )  # fmt: skip
         return completions
 
     def _sample_chunk(
-        self, prompts, seeds, size, group_size, temperature, top_p, max_tokens, progress
+        self, prompts, seeds, members, size, group_size, temperature, top_p, max_tokens, progress
     ):
         n, width = len(prompts), bucket(max(map(len, prompts)))
         ids, lengths = np.zeros((size, width), np.int32), np.ones(size, np.int32)
         for row, prompt in enumerate(prompts):
             ids[row, : len(prompt)], lengths[row] = prompt, len(prompt)
         keys = row_keys(np.resize(np.asarray(seeds, np.uint32), size), group_size)
+        whose = np.resize(np.asarray(members, np.uint32), size)
         greedy, temperature = temperature == 0, temperature or 1.0
         top_p = top_p if top_p < 1 else None  # without it, nothing is sorted
-        logits, prefix = self._prefill(self.adapter, self.base, ids, lengths)
+        logits, prefix = self._prefill(self.adapter, self.base, ids, lengths, whose)
         state = self._first(
             logits, prefix, keys, np.arange(size) < n, temperature, top_p,
             group_size=group_size, greedy=greedy,

@@ -1,7 +1,8 @@
 """What a sampler gives to the loop: the one interface that vLLM and the embedded sampler both fill.
 
 A policy is a PEFT folder. The loop writes the folder, tells the sampler to load it, and asks for
-completions; where they are computed is the sampler's business.
+completions; where they are computed is the sampler's business. Runs side by side are members 0, 1,
+2, ..., each with a folder of its own.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,23 +30,26 @@ class Completion:
 
 
 class Sampler(Protocol):
-    """A place where completions are sampled from the base model plus the loaded adapter."""
+    """A place where completions are sampled from the base model plus a loaded adapter."""
 
-    def load(self, folder: Path) -> None:
-        """Sample from the adapter in this PEFT folder from now on. A folder is never reused."""
+    def load(self, *folders: Path) -> None:
+        """Sample from the adapters in these PEFT folders from now on, one a member. What is in a
+        folder never changes."""
 
     def sample(
         self,
         prompts: Sequence[Sequence[int]],
         *,
         seeds: Sequence[int],
+        members: Sequence[int] | None = None,
         group_size: int = 1,
         temperature: float = 1.0,
         top_p: float = 1.0,
         max_tokens: int | None = None,
         progress: Progress | None = None,
     ) -> list[list[Completion]]:
-        """Sample `group_size` completions of each prompt (token ids) -> [P][G].
+        """Sample `group_size` completions of each prompt (token ids) -> [P][G], each by the adapter
+        of its member (None: all by the first).
 
         `seeds` has one integer in [0, 2**31) a prompt, see `prompt_seeds`; equal seeds and adapters
         give equal completions. Temperature 0 is greedy. `top_p` below 1: from the

@@ -17,7 +17,7 @@ import os
 import ssl
 import time
 import uuid
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -55,11 +55,12 @@ class Base(NamedTuple):
     max_model_len: Any
 
 
-class Adapter(NamedTuple):
-    """A policy: the adapter in a folder, as it was when it was given out as the `number`th."""
+class Policies(NamedTuple):
+    """What is sampled from: the adapters in these folders, one a member, as they were when they
+    were given out as the `number`th."""
 
     number: int = 0
-    path: str = ""
+    paths: tuple[str, ...] = ()
     """Empty: the base model."""
 
 
@@ -67,7 +68,7 @@ class Server:
     """A vLLM server as a run uses it. Call `enter` first, and `renew` in each event loop.
 
     `trouble` says what its last failure was, and is empty while it answers; `is_left`: others have
-    taken over what it was asked for. `adapter` is the one that it has, `name` what it calls it.
+    taken over what it was asked for. `policies` are those that it has, `names` what it calls them.
     `outstanding`: the tokens that it may still send for what it was asked.
     """
 
@@ -84,7 +85,7 @@ class Server:
         self.url = url.rstrip("/")
         self.timeout_s = timeout_s
         self.trouble, self.is_left = "", False
-        self.adapter, self.name = Adapter(), ""
+        self.policies, self.names = Policies(), [""]
         self._run_id = run_id
         self._max_model_len = max_model_len
         self._vocab_size = vocab_size
@@ -112,25 +113,25 @@ class Server:
                 log.warning("%s: unloaded %s, left by another run (or taken from it: one server "
                             "serves one run)", self.url, printable(name))  # fmt: skip
 
-    async def load(self, client: httpx.AsyncClient, adapter: Adapter) -> None:
-        """Have this adapter, and only then unload the previous one. Does nothing if it is there."""
+    async def load(self, client: httpx.AsyncClient, policies: Policies) -> None:
+        """Have these adapters, and only then unload the previous ones. Does nothing if they are
+        there."""
         async with self._lock:
-            if adapter == self.adapter:
+            if policies == self.policies:
                 return
-            previous = self.name
-            self.name = await self._load(client, adapter.path) if adapter.path else ""
-            self.adapter = adapter
-            if previous:
-                await self._unload(client, previous)
+            previous = [name for name in self.names if name]
+            self.names = await self._load_all(client, policies.paths)
+            self.policies = policies
+            await asyncio.gather(*(self._unload(client, name) for name in previous))
 
     async def complete(
-        self, client: httpx.AsyncClient, body: Body, adapter: Adapter
+        self, client: httpx.AsyncClient, body: Body, policies: Policies, member: int
     ) -> list[Completion]:
-        """The completions of one prompt, by this adapter and no other; it is loaded if the server
-        has not got it, or has lost it."""
+        """The completions of one prompt, by this member's adapter and no other; it is loaded if the
+        server has not got it, or has lost it."""
         for _ in range(1 + MAX_RELOADS):
-            await self.load(client, adapter)
-            asked = {"model": self.name or self._base.name, **body}
+            await self.load(client, policies)
+            asked = {"model": self._name_of(member), **body}
             read = partial(read_completions, asked=asked, vocab_size=self._vocab_size)
             completions = await self._request(client, "/v1/completions", asked, read=read)
             if completions is not None:
@@ -138,7 +139,7 @@ class Server:
             async with (
                 self._lock
             ):  # many requests find the adapter gone; the first of them loads it
-                if (self.name or self._base.name) == asked["model"]:
+                if self._name_of(member) == asked["model"]:
                     await self._restore(client)
         raise RunError(
             f"{self.url} does not know {asked['model']}, again and again: does it crash, or does "
@@ -146,7 +147,7 @@ class Server:
         )
 
     def ask(
-        self, client: httpx.AsyncClient, body: Body, adapter: Adapter
+        self, client: httpx.AsyncClient, body: Body, policies: Policies, member: int
     ) -> "asyncio.Task[list[Completion]]":
         """`complete` as a task, which counts as outstanding until it ends."""
         tokens = body["n"] * body["max_tokens"]
@@ -159,7 +160,7 @@ class Server:
             if not task.cancelled() and not task.exception():
                 self._heard_s = time.monotonic()
 
-        task = asyncio.create_task(self.complete(client, body, adapter))
+        task = asyncio.create_task(self.complete(client, body, policies, member))
         task.add_done_callback(ended)
         return task
 
@@ -170,10 +171,18 @@ class Server:
 
     async def _restore(self, client: httpx.AsyncClient) -> None:
         await self._check_base(client)
-        if lost := self.name:
-            self.name = await self._load(client, self.adapter.path)
+        if lost := ", ".join(filter(None, self.names)):
+            self.names = await self._load_all(client, self.policies.paths)
             log.warning("%s lost our adapter %s: it was restarted, or another run took it over. "
-                        "Loaded again as %s", self.url, lost, self.name)  # fmt: skip
+                        "Loaded again as %s", self.url, lost, ", ".join(self.names))  # fmt: skip
+
+    def _name_of(self, member: int) -> str:
+        """What the server calls a member's policy."""
+        return (self.names[member] if self.policies.paths else "") or self._base.name
+
+    async def _load_all(self, client: httpx.AsyncClient, paths: Sequence[str]) -> list[str]:
+        """Load adapters, at once -> their names, in order."""
+        return [*await asyncio.gather(*(self._load(client, path) for path in paths))]
 
     async def _models(self, client: httpx.AsyncClient) -> tuple[Base, list[str]]:
         """The base model, and the names of all that is served."""

@@ -22,7 +22,7 @@ import httpx
 from jgrpo.errors import RunError
 from jgrpo.rollout.protocol import Completion, Progress
 from jgrpo.rollout.replies import Body
-from jgrpo.rollout.server import Adapter, GaveUp, Server, open_client
+from jgrpo.rollout.server import GaveUp, Policies, Server, open_client
 
 T = TypeVar("T")
 MAX_AT_WORK, MAX_REQUESTS = 1024, 256
@@ -87,27 +87,29 @@ class VllmSampler:
         self._max_tokens = max_tokens
         self._stop_token_ids = list(stop_token_ids)
         self._move_s = move_s
-        self._adapter = Adapter()
+        self._policies = Policies()
         _run(self._servers, lambda client: (s.enter(client, alone=alone) for s in self._servers))
 
-    def load(self, folder: Path) -> None:
-        """Load the adapter in `folder` into every server, then unload the previous one.
+    def load(self, *folders: Path) -> None:
+        """Load the adapters in `folders`, one a member, into every server, then unload the previous
+        ones.
 
-        Comes back when all servers that are well sample from the new one (the others get it when
-        they are back, before any prompt); only then may the previous one's folder be removed
-        (removing the folder of a loaded adapter kills the server). The new one's must stay: a
-        server that is restarted needs it again.
+        Comes back when all servers that are well sample from the new ones (the others get them when
+        they are back, before any prompt); only then may the previous ones' folders be removed
+        (removing the folder of a loaded adapter kills the server). The new ones' must stay: a
+        server that is restarted needs them again.
         """
-        self._adapter = Adapter(self._adapter.number + 1, str(Path(folder).absolute()))
+        paths = tuple(str(Path(folder).absolute()) for folder in folders)
+        self._policies = Policies(self._policies.number + 1, paths)
         _run(self._servers, lambda client: [self._load_all(client)])
 
     def unload(self) -> None:
-        """Unload the adapter: the base model is sampled from now on."""
-        self._adapter = Adapter(self._adapter.number + 1)
+        """Unload the adapters: the base model is sampled from now on."""
+        self._policies = Policies(self._policies.number + 1)
         _run(self._servers, lambda client: [self._load_all(client)])
 
     def close(self) -> None:
-        """Unload the adapter if the servers are still there; warns, and never raises, if not."""
+        """Unload the adapters if the servers are still there; warns, and never raises, if not."""
         for server in self._servers:
             server.timeout_s = min(server.timeout_s, 10.0)
         try:
@@ -120,6 +122,7 @@ class VllmSampler:
         prompts: Sequence[Sequence[int]],
         *,
         seeds: Sequence[int],
+        members: Sequence[int] | None = None,
         group_size: int = 1,
         temperature: float = 1.0,
         top_p: float = 1.0,
@@ -148,7 +151,8 @@ class VllmSampler:
                 "top_p": top_p,
             }
             async with slots:
-                completions = await self._first_answer(client, body)
+                member = members[p] if members else 0
+                completions = await self._first_answer(client, body, member)
             completions *= group_size // n
             if progress:
                 progress(len(completions), sum(len(c.token_ids) for c in completions))
@@ -156,14 +160,16 @@ class VllmSampler:
 
         return _run(self._servers, lambda client: (group(client, p) for p in range(len(prompts))))
 
-    async def _first_answer(self, client: httpx.AsyncClient, body: Body) -> list[Completion]:
+    async def _first_answer(
+        self, client: httpx.AsyncClient, body: Body, member: int
+    ) -> list[Completion]:
         """Of the server with the fewest tokens outstanding, or of one that overtook it."""
         asked: dict[asyncio.Task[list[Completion]], Server] = {}
         gave_up: list[Server] = []
         try:
             while True:
                 if server := self._next(asked.values(), gave_up):
-                    asked[server.ask(client, body, self._adapter)] = server
+                    asked[server.ask(client, body, self._policies, member)] = server
                 look = LOOK_EVERY_S if len(self._servers) > 1 else None
                 done, _ = await asyncio.wait(
                     asked, timeout=look, return_when=asyncio.FIRST_COMPLETED
@@ -197,7 +203,7 @@ class VllmSampler:
 
     async def _load_all(self, client: httpx.AsyncClient) -> None:
         """Into every server; those that are away are left behind once others have the adapter."""
-        loading = {asyncio.create_task(s.load(client, self._adapter)): s for s in self._servers}
+        loading = {asyncio.create_task(s.load(client, self._policies)): s for s in self._servers}
         patience = {task: AWAY_S if s.trouble else self._move_s for task, s in loading.items()}
         start, is_loaded, waiting = time.monotonic(), False, set(loading)
         failure: GaveUp | None = None

@@ -92,11 +92,14 @@ class Checkpoints:
         """The steps that are saved, in order."""
         return sorted(self._manager.all_steps())
 
-    def tidy(self) -> None:
-        """Remove what a killed run left: half-written ones, and old ones that were to go."""
+    def tidy(self, last: int) -> None:
+        """Remove what a killed run left: half-written ones, old ones that were to go, and those
+        after step `last`, which come again."""
         self._remove_unfinished()
-        for step in self.steps()[: -self._keep]:
-            if not self._keep_period or step % self._keep_period:
+        up_to = [step for step in self.steps() if step <= last]
+        old = {step for step in up_to[: -self._keep] if step % (self._keep_period or step + 1)}
+        for step in self.steps():
+            if step in old or step > last:
                 shutil.rmtree(self.folder / f"{step:06d}")  # it may be half removed already
         self._manager.reload()
 

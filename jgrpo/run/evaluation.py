@@ -4,6 +4,7 @@ Greedy, one completion a problem, unless the config asks for more; the loop and 
 this.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,21 +72,40 @@ def evaluate(
     progress: Progress | None = None,
 ) -> Evaluation:
     """Ask the evaluation problems. Every policy is asked with the same seeds."""
-    asked, n = problems.evaluation, config.eval_n_samples
-    completions = sampler.sample(
-        [p.prompt_ids for p in asked],
-        seeds=prompt_seeds(config.seed, 0, len(asked)),  # steps count from 1
-        group_size=n,
-        temperature=config.eval_temperature,
-        top_p=config.eval_top_p,
+    return evaluate_members([config], [0], sampler, grader, problems, progress)[0]
+
+
+def evaluate_members(
+    configs: Sequence[Config],
+    members: Sequence[int],
+    sampler: Sampler,
+    grader: Grader,
+    problems: Problems,
+    progress: Progress | None = None,
+) -> list[Evaluation]:
+    """The same of some members of a population at once."""
+    asked, shared = problems.evaluation, configs[0]
+    n, n_samples = len(asked), shared.eval_n_samples
+    of_all = sampler.sample(
+        [p.prompt_ids for p in asked] * len(members),
+        # steps count from 1
+        seeds=[seed for e in members for seed in prompt_seeds(configs[e].seed, 0, n)],
+        members=[e for e in members for _ in asked],
+        group_size=n_samples,
+        temperature=shared.eval_temperature,
+        top_p=shared.eval_top_p,
         progress=progress,
     )
-    texts = [[problems.text(c) for c in group] for group in completions]
-    grades = grader.grade(texts, [p.gold for p in asked])
-    scores = {"accuracy": grades.correct.mean(axis=1, dtype=np.float64)}
-    if n > 1:
-        scores |= _scores_of_several(grades.correct, grader.same_answers(texts))
-    return Evaluation(list(asked), completions, texts, grades, scores)
+    found = []
+    for i in range(len(members)):
+        completions = of_all[i * n : (i + 1) * n]
+        texts = [[problems.text(c) for c in group] for group in completions]
+        grades = grader.grade(texts, [p.gold for p in asked])
+        scores = {"accuracy": grades.correct.mean(axis=1, dtype=np.float64)}
+        if n_samples > 1:
+            scores |= _scores_of_several(grades.correct, grader.same_answers(texts))
+        found.append(Evaluation(list(asked), completions, texts, grades, scores))
+    return found
 
 
 def _scores_of_several(

@@ -88,10 +88,13 @@ class Rollout:
             ~self.truncated.reshape(-1) if mask_truncated else None,
         )
 
-    def lines(self, advantages: np.ndarray) -> Iterator[dict]:
-        """One line a completion for the rollouts file; other programs rely on the fields."""
+    def lines(self, advantages: np.ndarray, logprobs: np.ndarray) -> Iterator[dict]:
+        """One line a completion for the rollouts file; other programs rely on the fields.
+        `logprobs` [N, longest] are the trainer's, NaN where it computed none."""
         for p, group in enumerate(self.groups):
             for g, completion in enumerate(group.completions):
+                row = logprobs[p * len(group.completions) + g, : len(completion.token_ids)]
+                known = len(row) > 0 and not np.isnan(row[0])
                 yield {
                     "problem": group.problem.problem,
                     "prompt": group.problem.prompt,
@@ -99,6 +102,7 @@ class Rollout:
                     "prompt_ids": group.problem.prompt_ids,
                     "token_ids": completion.token_ids,
                     "sampler_logprobs": completion.logprobs,
+                    "trainer_logprobs": row.tolist() if known else None,
                     "gold": group.problem.gold,
                     "reward": group.reward[g],
                     "reward_parts": {

@@ -14,8 +14,8 @@ from jgrpo.config import Config
 from jgrpo.policy import batch
 from jgrpo.policy.batch import MicroBatch, Rows
 from jgrpo.run.device import free_memory
-from jgrpo.run.session import Policy, sampled_at_once
-from jgrpo.update.learner import Learner
+from jgrpo.run.session import Policy, model_shape, sampled_at_once
+from jgrpo.update.learner import update_of
 
 KNOBS = (
     "a smaller --micro_batch_size or --gradient_checkpointing needs less (--resume takes both), "
@@ -77,27 +77,30 @@ def largest_micro_batch(config: Config, prompt_lengths: Sequence[int]) -> MicroB
     )
 
 
-def training_memory(config: Config, policy: Policy, prompt_lengths: Sequence[int]) -> Memory:
-    """Of a policy's shapes alone (`open_policy(config, abstract=True)`); seconds to a minute, for
-    the compiler. The sampler's memory and the server's are not in it."""
-    batch = largest_micro_batch(config, prompt_lengths)
-    learner = Learner(config, policy.graph, policy.adapter, policy.base)
-    adapter, opt_state = learner.state
-    stats: Any = learner.update.compiled(adapter, policy.base, batch).memory_analysis()
-    donated = stats.alias_size_in_bytes - _size(adapter)  # the tape; the gradient counts below
+def training_memory(
+    configs: Sequence[Config], policy: Policy, prompt_lengths: Sequence[int]
+) -> Memory:
+    """Of the policies' shapes alone (`open_policies(configs, abstract=True)`); seconds to a minute,
+    for the compiler. The sampler's memory and the server's are not in it."""
+    batch = largest_micro_batch(configs[0], prompt_lengths)
+    head_width = model_shape(policy).head_width
+    update = update_of(configs, policy.graph, head_width, policy.scales)
+    stats: Any = update.compiled(policy.adapter, policy.base, batch).memory_analysis()
+    opt_states = jax.eval_shape(update.init, policy.adapter)
+    donated = stats.alias_size_in_bytes - _size(policy.adapter)  # the tape; the gradient is below
     return Memory(
         base=_size(policy.base),
-        adapter=2 * _size(adapter) + _size(opt_state),
+        adapter=2 * _size(policy.adapter) + _size(opt_states),
         activations=donated + stats.temp_size_in_bytes,
         batch=batch,
     )
 
 
-def of_sampling(config: Config, policy: Policy, free: int | None) -> str:
+def of_sampling(configs: Sequence[Config], policy: Policy, free: int | None) -> str:
     """How the embedded sampler will use `free` bytes, into which the weights are still to go."""
     left = None if free is None else free - _size(policy.base)
-    n, m = sampled_at_once(config, policy, left), config.n_completions_per_step
-    return f"the embedded sampler decodes {n} of {m} completions at once"
+    n, m = sampled_at_once(configs[0], policy, left), configs[0].n_completions_per_step
+    return f"the embedded sampler decodes {n} of {m * len(configs)} completions at once"
 
 
 def is_small(policy: Policy) -> bool:

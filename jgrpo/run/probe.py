@@ -6,7 +6,7 @@ logprobs.
 """
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -19,9 +19,16 @@ from jgrpo.policy import adapter as adapters
 from jgrpo.policy.adapter import AdapterConfig
 from jgrpo.policy.batch import Rows, micro_batches
 from jgrpo.policy.logprobs import token_logprobs
-from jgrpo.policy.lora import fresh_adapter, switched_off
+from jgrpo.policy.lora import (
+    fresh_adapter,
+    nth,
+    side_by_side,
+    stacked_up,
+    switched_off,
+    with_rank,
+)
 from jgrpo.policy.tracing import traced
-from jgrpo.rollout.protocol import Sampler, prompt_seeds
+from jgrpo.rollout.protocol import Completion, Sampler, prompt_seeds
 from jgrpo.run.session import Policy, Problems
 
 PROBE_PROMPTS, PROBE_TOKENS, PROBE_SHIFT_NATS, LEAST_SHIFT_NATS = 4, 16, 0.3, 0.01
@@ -35,36 +42,62 @@ LARGEST_MEAN_GAP = {"float32": 1e-3, "bfloat16": 0.2}
 
 
 def check_sampler(
-    config: Config, policy: Policy, sampler: Sampler, problems: Problems, folder: Path
+    configs: Sequence[Config],
+    policy: Policy,
+    sampler: Sampler,
+    problems: Problems,
+    folders: Sequence[Path],
 ) -> dict[str, float]:
     """Prove that adapters take effect: sample from a probe adapter that changes the policy visibly
-    (PROBE_SHIFT_NATS a token), and compare the sampler's logprobs with the trainer's.
+    (PROBE_SHIFT_NATS a token), and compare the sampler's logprobs with the trainer's. Each member
+    has another one, so that two that are mixed up are found.
 
-    Returns the gap to the probe and to the base. Raises RunError if the sampler does not follow
-    the adapter (a fresh one, B = 0, would look right even if it were ignored).
+    Returns the gap to the probe and to the base, of the member that is worst. Raises RunError if
+    the sampler does not follow an adapter (a fresh one, B = 0, would look right even if it were
+    ignored).
     """
     prompts = [list(p.prompt_ids) for p in problems.train[:PROBE_PROMPTS]]
-    probe = _probe_adapter(policy, prompts, config)
-    shutil.rmtree(folder, ignore_errors=True)
-    shape = AdapterConfig(config.lora_r, config.lora_alpha, config.lora_target_modules)
-    adapters.save(probe, folder, shape, config.model_id)
-    sampler.load(folder)
+    probes = []
+    for e, (config, folder) in enumerate(zip(configs, folders, strict=True)):
+        probes.append(_probe_adapter(policy, e, prompts, config))
+        shutil.rmtree(folder, ignore_errors=True)
+        shape = AdapterConfig(config.lora_r, config.lora_alpha, config.lora_target_modules)
+        adapters.save(probes[e], folder, shape, config.model_id)
+    sampler.load(*folders)
+    shared, n = configs[0], len(prompts)
     completions = [
         group[0]
         for group in sampler.sample(
-            prompts,
-            seeds=prompt_seeds(config.seed, 0, len(prompts)),
-            temperature=config.temperature,
-            max_tokens=min(PROBE_TOKENS, config.max_tokens),
+            prompts * len(configs),
+            seeds=[seed for c in configs for seed in prompt_seeds(c.seed, 0, n)],
+            members=[e for e in range(len(configs)) for _ in prompts],
+            temperature=shared.temperature,
+            max_tokens=min(PROBE_TOKENS, shared.max_tokens),
         )
     ]
+    gaps = [
+        _gaps(config, policy, e, probes[e], prompts, completions[e * n : (e + 1) * n])
+        for e, config in enumerate(configs)
+    ]
+    return max(gaps, key=lambda gap: gap["probe/gap_mean"])
+
+
+def _gaps(
+    config: Config,
+    policy: Policy,
+    e: int,
+    probe: nnx.State,
+    prompts: list[list[int]],
+    completions: Sequence[Completion],
+) -> dict[str, float]:
+    """Of a member's completions: to its probe adapter, and to the base. RunError as above."""
     tokens = [c.token_ids for c in completions]
     reported = np.concatenate([c.logprobs for c in completions])
-    to_probe = np.abs(reported - _logprobs(policy, probe, prompts, tokens, config.temperature))
-    off = switched_off(policy.adapter)
-    to_base = np.abs(reported - _logprobs(policy, off, prompts, tokens, config.temperature))
-    gaps = {"probe/gap_mean": to_probe.mean(), "probe/gap_max": to_probe.max(),
-            "probe/gap_to_base_mean": to_base.mean()}  # fmt: skip
+    gap = lambda adapter: np.abs(  # noqa: E731
+        reported - _logprobs(policy, e, adapter, prompts, tokens, config.temperature)
+    )
+    to_probe, to_base = gap(probe), gap(switched_off(probe))
+    of_member = f"member {e}: " if len(policy.scales) > 1 else ""
     figures = (
         f"on {len(reported)} tokens sampled from a probe adapter, |logprob of the sampler - of the "
         f"trainer| is {to_probe.mean():.2g} on average and {to_probe.max():.2g} at most; to the "
@@ -72,16 +105,19 @@ def check_sampler(
     )
     if to_probe.mean() > to_base.mean() * PROBE_SHARE[config.dtype]:
         raise RunError(
-            f"the sampler does not follow the adapter: {figures}. Does the server hold the same "
-            f"base model ({config.model_id}) in the same dtype, and the whole adapter? Are its "
-            f"logprobs those after the temperature {config.temperature} (processed_logprobs)?"
+            f"{of_member}the sampler does not follow the adapter: {figures}. Does the server hold "
+            f"the same base model ({config.model_id}) in the same dtype, and the whole adapter? "
+            f"Are its logprobs those after the temperature {config.temperature} "
+            "(processed_logprobs)?"
         )
     if to_probe.max() > config.max_logprob_diff:
         raise RunError(
-            f"the sampler's policy is not the trainer's: {figures}, above max_logprob_diff="
-            f"{config.max_logprob_diff}. Same dtype? processed logprobs? (python -m jgrpo.serve "
-            "starts the server as the trainer needs it)"
+            f"{of_member}the sampler's policy is not the trainer's: {figures}, above "
+            f"max_logprob_diff={config.max_logprob_diff}. Same dtype? processed logprobs? (python "
+            "-m jgrpo.serve starts the server as the trainer needs it)"
         )
+    gaps = {"probe/gap_mean": to_probe.mean(), "probe/gap_max": to_probe.max(),
+            "probe/gap_to_base_mean": to_base.mean()}  # fmt: skip
     return {name: float(value) for name, value in gaps.items()}
 
 
@@ -105,13 +141,14 @@ def gap_problem(metrics: Mapping[str, float], config: Config) -> str | None:
     )
 
 
-def _probe_adapter(policy: Policy, prompts: list[list[int]], config: Config) -> nnx.State:
+def _probe_adapter(policy: Policy, e: int, prompts: list[list[int]], config: Config) -> nnx.State:
     """A random adapter with B as large as it takes to shift the prompts' logprobs visibly; on a
     model that is nearly uniform whatever its input, half as far as it can be shifted."""
-    fresh = nnx.to_flat_state(fresh_adapter(policy.adapter, config.seed + 1))
-    keys = jax.random.split(jax.random.key(config.seed + 1), len(fresh))
+    like, seed = with_rank(nth(policy.adapter, e), config.lora_r), config.seed + 1 + 1000 * e
+    fresh = nnx.to_flat_state(fresh_adapter(like, seed))
+    keys = jax.random.split(jax.random.key(seed), len(fresh))
     heads, tails = [p[:1] for p in prompts], [p[1:] for p in prompts]
-    before = _logprobs(policy, switched_off(policy.adapter), heads, tails, 1.0)
+    before = _logprobs(policy, e, switched_off(like), heads, tails, 1.0)
 
     def scaled(power: int) -> nnx.State:
         return nnx.from_flat_state(
@@ -123,7 +160,7 @@ def _probe_adapter(policy: Policy, prompts: list[list[int]], config: Config) -> 
 
     shifts: dict[int, float] = {}
     for power in range(-13, 3):
-        after = _logprobs(policy, scaled(power), heads, tails, 1.0)
+        after = _logprobs(policy, e, scaled(power), heads, tails, 1.0)
         shifts[power] = float(np.abs(after - before).mean())
         if shifts[power] > PROBE_SHIFT_NATS:
             break
@@ -133,12 +170,14 @@ def _probe_adapter(policy: Policy, prompts: list[list[int]], config: Config) -> 
     return scaled(next(power for power, shift in shifts.items() if shift > wanted))
 
 
-def _logprobs(policy, adapter, prompts, completions, temperature) -> np.ndarray:
-    """The trainer's logprobs of all completion tokens, one after another."""
+def _logprobs(policy, e, adapter, prompts, completions, temperature) -> np.ndarray:
+    """The trainer's logprobs of all completion tokens, one after another, by an adapter of member
+    e's shape."""
     blank = [[0.0] * len(c) for c in completions]
     rows = Rows(prompts, completions, blank, np.zeros(len(prompts), np.float32))
     # One limit for all, so that most have the same shape: each is a compilation.
     limits = {"max_prompt_tokens": max(map(len, prompts)), "max_tokens": max(map(len, completions))}
+    adapter = side_by_side(stacked_up([adapter]), policy.scales[e : e + 1])
     values = []
     for i in range(len(prompts)):
         (batch,) = micro_batches(rows, np.array([i]), micro_batch_size=1, **limits)

@@ -1,5 +1,6 @@
 """What a run leaves behind: its folder, its log, and the checkpoints from which it goes on."""
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from jgrpo.run.rundir import (
     write_config,
 )
 from jgrpo.run.runlog import RunLog
+from jgrpo.run.screen import Screen
 from jgrpo.run.session import Session, fingerprints
 from jgrpo.run.terminal import columns_of
 
@@ -37,33 +39,44 @@ class Record:
     wrong until then leaves everything as it was.
     """
 
-    def __init__(self, session: Session, resume: Path | None, stack: ExitStack) -> None:
-        self.config, self.session, self.resumed = session.config, session, resume is not None
+    def __init__(
+        self, session: Session, member: int, resume: Path | None, stack: ExitStack
+    ) -> None:
+        self.config, self.session, self.member = session.configs[member], session, member
+        self.resumed = resume is not None
         self.run_dir = resume or _new_run_dir(self.config)
         stack.enter_context(claimed(self.run_dir, new=not resume))
+        several = len(session.configs) > 1
         self.checkpoints = Checkpoints(
             self.run_dir,
-            keep=self.config.save_total_limit,
+            # of several, each has one that all have, wherever they are stopped
+            keep=max(self.config.save_total_limit, 1 + several),
             keep_period=self.config.checkpoint_keep_period,
         )
         stack.callback(self.checkpoints.close)
         self.inputs, self.first = fingerprints(self.config, session.problems), 0
 
-    def restore(self, state: State) -> State:
-        """The state that the run goes on from, in the structure of a fresh one. A run that was
-        killed before its first checkpoint begins anew. InputError if it cannot go on."""
-        self.whole = 0, jax.device_get(state)
+    def saved(self) -> list[int]:
+        """The steps that the run can go on after; 0 if it was killed before its first checkpoint,
+        and begins anew. InputError if it cannot go on."""
         if not self.resumed:
-            return state
+            return [0]
         check_inputs(self.run_dir, self.inputs)
-        if not (saved := self.checkpoints.steps()):
-            if sorted((self.run_dir / "adapters").glob("step_*"))[1:]:
-                raise InputError(
-                    f"{self.checkpoints.folder} holds no checkpoint to resume from, though the run "
-                    "has trained: bring the folder back, or start a new run with --config"
-                )
+        steps = self.checkpoints.steps()
+        if not steps and sorted((self.run_dir / "adapters").glob("step_*"))[1:]:
+            raise InputError(
+                f"{self.checkpoints.folder} holds no checkpoint to resume from, though the run "
+                "has trained: bring the folder back, or start a new run with --config"
+            )
+        return steps or [0]
+
+    def restore(self, first: int, state: State) -> State:
+        """The state that the run goes on from, that after step `first`, in the structure of a fresh
+        one. InputError if it cannot go on."""
+        self.first = first
+        self.keep(0, state)
+        if first not in self.checkpoints.steps():
             return state
-        self.first = saved[-1]
         if self.first > self.config.n_grpo_steps:
             raise InputError(
                 f"n_grpo_steps={self.config.n_grpo_steps}: the run has done {self.first} steps; "
@@ -73,7 +86,7 @@ class Record:
         self.keep(self.first, state)
         return state
 
-    def begin(self, stack: ExitStack) -> RunLog:
+    def begin(self, stack: ExitStack, screen: Screen, name: str = "") -> RunLog:
         """Write config.json, or note the resume and remove what was done after `first`; open the
         log."""
         c, run_dir = self.config, self.run_dir
@@ -86,22 +99,24 @@ class Record:
             RunLog(
                 run_dir,
                 c.n_grpo_steps,
-                columns=columns_of(c),
+                columns=columns_of(*self.session.configs),
                 resume_step=resume_step,
                 config=c,
+                screen=screen,
+                name=name,
             )
         )
-        stack.enter_context(log.warnings())
         if self.resumed:
             add_resume(run_dir, c, self.first, devices)
             remove_later(run_dir, self.first)
-            self.checkpoints.tidy()
+            self.checkpoints.tidy(self.first)
         return log
 
     def tell(self, log: RunLog) -> None:
         """What is about to run."""
-        for line in (*self.session.problems.report, f"{self.session}; run: {short(self.run_dir)}"):
-            log.info(line)
+        for line in self.session.problems.report if not self.member else ():
+            log.screen.info(line)
+        log.info(f"{self.session.about(self.member)}; run: {short(self.run_dir)}")
         for line in without_effect(self.config):
             log.info(line, style="yellow")
 
@@ -113,23 +128,12 @@ class Record:
         """A checkpoint of the last whole step."""
         self.checkpoints.save(*self.whole)
 
-    def stop(self) -> str:
-        """Save the last whole step, and say from where the run can go on."""
-        step, again = self.whole[0], f"python -m jgrpo.train --resume {short(self.run_dir)}"
-        try:
-            self.save()
-        except Exception as error:  # whatever it is, it must not hide why the run ends
-            last = max(self.checkpoints.steps(), default=0)
-            return f"stopped after step {step}; {error}\nto go on after step {last}: {again}"
-        return f"stopped after step {step}; to go on: {again}"
-
     def finish(self, log: RunLog) -> None:
         """The learning curve, and where everything is."""
         picture, unfinished = self.run_dir / "curves.png", self.run_dir / ".curves.png.tmp"
         draw({self.run_dir.name: read_metrics(self.run_dir)}).savefig(unfinished, format="png")
         unfinished.replace(picture)
         last = sorted((self.run_dir / "adapters").iterdir())[-1]
-        log.info(f"{log.summary()}\n{where_it_went(log.shares(), self.config)}")
         log.info(f"learning curve: {short(picture)}\nadapter: {short(last)}")
 
 
@@ -140,6 +144,33 @@ def where_it_went(shares: dict[str, float], config: Config) -> str:
     if config.rollout == "vllm" and shares.get("generation", 0.0) > 0.5:
         line += "; the trainer mostly waited for completions: another server would help most"
     return line
+
+
+def stop(records: Sequence[Record]) -> str:
+    """Save the last whole step of each run, and say from where they can go on."""
+    step, problem = records[0].whole[0], ""
+    for record in records:
+        try:
+            record.save()
+        except Exception as error:  # whatever it is, it must not hide why the run ends
+            last = max(record.checkpoints.steps(), default=0)
+            problem = f"{error}\nto go on after step {last}"
+    again, how = " ".join(short(record.run_dir) for record in records), problem or "to go on"
+    return f"stopped after step {step}; {how}: python -m jgrpo.train --resume {again}"
+
+
+def common_step(records: Sequence[Record]) -> int:
+    """The last step that all runs can go on after. InputError if there is none."""
+    saved = {record: record.saved() for record in records}
+    if common := set.intersection(*map(set, saved.values())):
+        return max(common)
+    which = "; ".join(
+        f"{short(r.run_dir)} those of {', '.join(map(str, steps))}" for r, steps in saved.items()
+    )
+    raise InputError(
+        f"these runs cannot go on together, they share no step's checkpoint ({which}): resume "
+        "those that are as far together, and the others apart"
+    )
 
 
 def _new_run_dir(config: Config) -> Path:

@@ -1,29 +1,17 @@
-"""What a run tells: metrics to JSON lines, trackers (trackers.py) and the terminal (terminal.py);
-phases with a bar each; what is being compiled.
+"""What a run tells: metrics to JSON lines, trackers (trackers.py) and the terminal (screen.py)."""
 
-On a terminal two bars (steps, and the phase at work) stay below the lines that scroll by. Elsewhere
-(a file, a pipe) there are only the lines, without control codes.
-"""
-
-import contextlib
-import logging
-import threading
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import TaskID
-from rich.text import Text
 
 from jgrpo.config import Config
-from jgrpo.errors import READER_GONE, RunError, printable
-from jgrpo.rollout.protocol import Progress as Advance
-from jgrpo.run.compiling import Compilations
+from jgrpo.errors import RunError
 from jgrpo.run.rundir import json_line, jsonable, truncate_metrics
-from jgrpo.run.terminal import ACCURACY, COLUMNS, Column, StepLines, TimeLeft, bars, clock
+from jgrpo.run.screen import Screen, is_evaluation
+from jgrpo.run.terminal import ACCURACY, COLUMNS, Column, StepLines, TimeLeft
 from jgrpo.run.told import completion_text, lines_shown, one_of_each
 from jgrpo.run.trackers import Trackers
 
@@ -37,27 +25,12 @@ def sample_of(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [{name: row[name] for name in OF_A_COMPLETION} for row in one_of_each(rows)]
 
 
-def is_evaluation(tag: str) -> bool:
-    return tag.startswith("eval/") or tag == "time/evaluation"
-
-
-class _Console(Console):
-    """rich would end the process without a word."""
-
-    def on_broken_pipe(self) -> None:
-        try:
-            super().on_broken_pipe()  # from here on the output goes nowhere
-        except SystemExit:
-            raise RunError(READER_GONE) from None
-
-
 class RunLog:
-    """The log of one run; a context manager, so that the terminal is whole again after an error.
+    """The log of one run; a context manager.
 
     `resume_step`: go on after this step; what was logged of later ones is removed. `config`
-    names the trackers, which get it too. `live` and `console` follow the terminal unless given. The
-    seconds of each phase add up in `seconds`, until `take_seconds` hands them over;
-    those that compilation took of them, in `compile`.
+    names the trackers, which get it too. Lines go to `screen`, or to one of its own (`live` and
+    `console` as there); `name` stands before them where several runs share it.
     """
 
     def __init__(
@@ -70,30 +43,21 @@ class RunLog:
         config: Config | None = None,
         live: bool | None = None,
         console: Console | None = None,
+        screen: Screen | None = None,
+        name: str = "",
     ) -> None:
-        self.console = console or _Console(highlight=False)
-        self.seconds: dict[str, float] = {}
-        self._taken: dict[str, float] = {}
-        self._run_dir = run_dir
-        self._n_steps = n_steps
-        self._start_s = time.perf_counter()
-        self._lines = StepLines(columns, n_steps, self.console.width)
+        self.screen = screen or Screen(n_steps, done=resume_step or 0, live=live, console=console)
+        self._is_alone = screen is None
+        self._run_dir, self.name = run_dir, name
+        self._lines = StepLines(columns, n_steps, self.screen.console.width, name)
         self._left = TimeLeft(n_steps)
-        self._header_shown = False
         rows = None if resume_step is None else truncate_metrics(run_dir, resume_step)
         # Unbuffered: one write a line, so that a killed run tears at most the last.
         self._file = (run_dir / "metrics.jsonl").open("ab", buffering=0)
-        tell = lambda line: self.info(line, style="yellow")  # noqa: E731
         config = config or Config()
         self._show_every = config.show_every
+        tell = lambda line: self.info(line, style="yellow")  # noqa: E731
         self._trackers = Trackers(config, run_dir, rows, tell)
-        self._compiling = Compilations(lambda line: self.info(line, style="dim"))
-        is_live = self.console.is_terminal if live is None else live
-        self._progress = bars(self.console, is_live, lambda: self._compiling.now)
-        self._steps = self._progress.add_task("steps", total=n_steps, completed=resume_step or 0)
-        self._phase: TaskID | None = None
-        self._lock = threading.Lock()
-        self._progress.start()
 
     def __enter__(self) -> "RunLog":
         return self
@@ -102,26 +66,14 @@ class RunLog:
         self.close()
 
     def close(self) -> None:
-        self._progress.stop()
-        self._compiling.close()
+        if self._is_alone:
+            self.screen.close()
         self._file.close()
         self._trackers.close()
 
     def info(self, text: str, *, style: str = "") -> None:
-        """Print text of any origin: nothing in it is taken for markup or a control code."""
-        safe = printable(text, self.console.encoding)
-        self.console.print(Text(safe, style), soft_wrap=not self.console.is_terminal)
-
-    @contextlib.contextmanager
-    def warnings(self) -> Iterator[None]:
-        """Show the package's warnings (`logging`) among the lines, while this lasts."""
-        handler = logging.Handler(logging.WARNING)
-        handler.emit = lambda record: self.info(record.getMessage(), style="yellow")  # type: ignore[method-assign]
-        logging.getLogger("jgrpo").addHandler(handler)
-        try:
-            yield
-        finally:
-            logging.getLogger("jgrpo").removeHandler(handler)
+        """A line of this run's on the screen."""
+        self.screen.info(f"{self.name}: {text}" if self.name else text, style=style)
 
     def log(
         self, step: int, metrics: Mapping[str, Any], rows: Sequence[Mapping[str, Any]] = ()
@@ -142,59 +94,11 @@ class RunLog:
             self._show_step(step, jsonable(training))
             if self._show_every and step % self._show_every == 0:
                 self._show_completions(step, one_of_each(rows))
-            self._show_left(step, self._left.after_step(step, training))
+            self.screen.advanced(step, self._left.after_step(step, training))
         if evaluation:
             self._trackers.table("completions/evaluation", step, jsonable(rows))
             self._show_evaluation(step, jsonable(evaluation))
-            self._show_left(step, self._left.after_evaluation(step, evaluation))
-
-    def summary(self) -> str:
-        """How long the run took, and how much of that was compilation."""
-        total_s = time.perf_counter() - self._start_s
-        return (
-            f"{self._n_steps} steps: this run took {clock(total_s)}, "
-            f"{clock(self._compiling.seconds)} of it compiling"
-        )
-
-    def shares(self) -> dict[str, float]:
-        """Share of this run's time, so far, that each phase took, the largest first."""
-        total_s = time.perf_counter() - self._start_s
-        spent = {name: s / total_s for name, s in self._taken.items() if name != "compile"}
-        return dict(sorted(spent.items(), key=lambda pair: -pair[1]))
-
-    def take_seconds(self) -> dict[str, float]:
-        """The seconds of each phase since the last call, as `time/<phase>`."""
-        taken = {f"time/{name}": seconds for name, seconds in self.seconds.items()}
-        self.seconds = {}
-        return taken
-
-    @contextlib.contextmanager
-    def phase(self, name: str, total: int | None = None) -> Iterator[Advance]:
-        """Show and time one phase. Yields `advance(completions, tokens)`, safe from any thread."""
-        if self._phase is not None:
-            self._progress.remove_task(self._phase)
-        task = self._phase = self._progress.add_task(name, total=total, tokens=0)
-
-        n_tokens = 0
-
-        def advance(completions: int, tokens: int = 0) -> None:
-            nonlocal n_tokens
-            with self._lock:
-                n_tokens += tokens
-                self._progress.update(task, advance=completions, tokens=n_tokens)
-
-        start_s, compiled_s = time.perf_counter(), self._compiling.seconds
-        try:
-            yield advance
-        finally:
-            self._add_seconds(name, time.perf_counter() - start_s)
-            if not is_evaluation(f"time/{name}"):
-                self._add_seconds("compile", self._compiling.seconds - compiled_s)
-            self._progress.stop_task(task)
-
-    def _add_seconds(self, name: str, seconds: float) -> None:
-        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
-        self._taken[name] = self._taken.get(name, 0.0) + seconds
+            self.screen.advanced(step, self._left.after_evaluation(step, evaluation))
 
     def _write(self, step: int, metrics: Mapping[str, Any]) -> None:
         line = json_line({"step": step, **metrics}).encode()
@@ -206,24 +110,22 @@ class RunLog:
         self._trackers.log(step, metrics)
 
     def _show_step(self, step: int, metrics: Mapping[str, Any]) -> None:
-        if not self._header_shown:
-            self.info(self._lines.legend(), style="dim")
-            self.info(self._lines.title(), style="bold")
-            self._header_shown = True
-        self.console.print(self._lines.row(step, metrics), soft_wrap=True)
+        if not self.screen.header_shown:
+            self.screen.info(self._lines.legend(), style="dim")
+            self.screen.info(self._lines.title(), style="bold")
+            self.screen.header_shown = True
+        self.screen.console.print(self._lines.row(step, metrics), soft_wrap=True)
 
     def _show_completions(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Each below its problem, which they may share."""
+        console = self.screen.console
+        of = f"{self.name}, step {step}" if self.name else f"step {step}"
         for problem, same in groupby(rows, key=lambda row: row["problem"]):
             completions = [*same]
-            lines_shown(self.console, f"step {step}", problem, gold=completions[0]["gold"])
+            lines_shown(console, of, problem, gold=completions[0]["gold"])
             for row in completions:
-                text = completion_text(row, SHOWN_CHARACTERS, self.console.encoding)
-                self.console.print(text, soft_wrap=not self.console.is_terminal)
-
-    def _show_left(self, step: int, left_s: float | None) -> None:
-        since = self._progress.get_time()
-        self._progress.update(self._steps, completed=step, left_s=left_s, since=since)
+                text = completion_text(row, SHOWN_CHARACTERS, console.encoding)
+                console.print(text, soft_wrap=not console.is_terminal)
 
     def _show_evaluation(self, step: int, metrics: Mapping[str, Any]) -> None:
         accuracy, correct, total = (

@@ -21,8 +21,10 @@ from transformers import PreTrainedTokenizerBase
 from jgrpo.answers.grader import Grader
 from jgrpo.config import PROJECTIONS, Config
 from jgrpo.errors import InputError, printable, short
+from jgrpo.members import check_together
 from jgrpo.policy import adapter as adapters
-from jgrpo.policy.lora import split
+from jgrpo.policy.lora import fresh_adapter, nth, split, stacked_up, with_rank
+from jgrpo.policy.model import ModelConfig
 from jgrpo.policy.weights import (
     abstract_model,
     load_model,
@@ -83,43 +85,58 @@ class Problems:
 
 @dataclass(frozen=True)
 class Policy:
-    """The model, split into structure, adapter and frozen base."""
+    """The model, split into structure, adapter and frozen base. The adapter is one, or those of E
+    members, [E, ...] (`scales` as in `lora.side_by_side`)."""
 
     graph: nnx.GraphDef
     adapter: nnx.State
     base: nnx.State
+    scales: tuple[float, ...] = (1.0,)
 
 
 @dataclass(frozen=True)
 class Session:
-    """What a config names, opened: all that a run reads."""
+    """What the members' configs name, opened: all that the runs read."""
 
-    config: Config
+    configs: tuple[Config, ...]
     problems: Problems
     policy: Policy
     grader: Grader
-    scorers: Scorers
+    scorers: tuple[Scorers, ...]
 
-    def __str__(self) -> str:
-        c, states = self.config, (self.policy.base, self.policy.adapter)
+    @property
+    def shared(self) -> Config:
+        """For the options that all members have alike."""
+        return self.configs[0]
+
+    def about(self, e: int) -> str:
+        """A member in a line: its base, its adapter, the device."""
+        c, policy = self.configs[e], self.policy
         origin = f", begun from {short(c.adapter)}," if c.adapter else ""
-        base, adapter = (sum(x.size for x in jax.tree.leaves(state)) for state in states)
+        adapter = with_rank(nth(policy.adapter, e), c.lora_r)
+        n_base, n = (sum(x.size for x in jax.tree.leaves(x)) for x in (policy.base, adapter))
         return (
-            f"{short(c.model_id)}: {base:,} parameters ({c.dtype}); rank-{c.lora_r} adapter: "
-            f"{adapter:,} ({adapter / base:.2%}){origin} on {jax.devices()[0].device_kind}"
+            f"{short(c.model_id)}: {n_base:,} parameters ({c.dtype}); rank-{c.lora_r} adapter: "
+            f"{n:,} ({n / n_base:.2%}){origin} on {jax.devices()[0].device_kind}"
         )
 
 
-def open_session(config: Config, stack: ExitStack, resume: Path | None = None) -> Session:
-    """Everything but the sampler; what is cheap to find wrong first. InputError says what is. A run
-    that is resumed asks what it asked, with the date of its start where a template writes one."""
-    check_installed(config.report_to)
+def open_session(
+    configs: Sequence[Config], stack: ExitStack, resume: Path | None = None
+) -> Session:
+    """Everything but the sampler; what is cheap to find wrong first. InputError says what is. Runs
+    that are resumed ask what they asked, with the date of their start where a template writes one.
+    """
+    check_together(configs)
+    for config in configs:
+        check_installed(config.report_to)
+    shared = configs[0]
     problems = of_this_difficulty(
-        config, open_problems(config, date_of(resume) if resume else None)
+        shared, open_problems(shared, date_of(resume) if resume else None)
     )
-    grader = open_grader(config, stack)
-    scorers = open_scorers(config, columns_of(problems.train))
-    return Session(config, problems, open_policy(config), grader, scorers)
+    grader = open_grader(shared, stack)
+    scorers = tuple(open_scorers(config, columns_of(problems.train)) for config in configs)
+    return Session(tuple(configs), problems, open_policies(configs), grader, scorers)
 
 
 def configure_jax() -> None:
@@ -274,28 +291,61 @@ def _warn_of_another_base(config: Config) -> None:
                     "is no start", config.adapter, printable(named), config.model_id)  # fmt: skip
 
 
+def open_policies(configs: Sequence[Config], *, abstract: bool = False) -> Policy:
+    """`open_policy` of each member over one base: adapters [E, ...], the smaller ones filled up
+    with zeros to the largest rank."""
+    if len(configs) == 1:
+        policy = open_policy(configs[0], abstract=abstract)
+        return replace(policy, adapter=jax.eval_shape(stacked_up, [policy.adapter])
+                       if abstract else stacked_up([policy.adapter]))  # fmt: skip
+    rank = max(c.lora_r for c in configs)
+    alike = replace(configs[0], lora_r=rank, lora_alpha=rank, adapter="")  # a scale of 1
+    policy = open_policy(alike, abstract=abstract)
+    scales = tuple(c.lora_alpha / c.lora_r for c in configs)
+    like = [jax.eval_shape(lambda a, r=c.lora_r: with_rank(a, r), policy.adapter) for c in configs]
+
+    for config in configs:
+        if config.adapter:
+            _warn_of_another_base(config)
+
+    def adapters_of_all() -> nnx.State:
+        each = [
+            adapters.load(Path(c.adapter), own) if c.adapter else fresh_adapter(own, c.seed)
+            for c, own in zip(configs, like, strict=True)
+        ]
+        return stacked_up([with_rank(adapter, rank) for adapter in each])
+
+    found = jax.eval_shape(adapters_of_all) if abstract else adapters_of_all()
+    return replace(policy, adapter=found, scales=scales)
+
+
+def model_shape(policy: Policy) -> ModelConfig:
+    return nnx.merge(policy.graph, policy.adapter, policy.base).config
+
+
 def sampled_at_once(config: Config, policy: Policy, free: int | None) -> int:
-    """How many completions the embedded sampler decodes at once, of `free` bytes."""
-    c = config
+    """How many completions the embedded sampler decodes at once, of `free` bytes: those of a step
+    of all members, or as many as fit."""
+    c, n_rows = config, len(policy.scales) * config.n_completions_per_step
     if free is None:
-        return c.n_completions_per_step
+        return n_rows
     return rows_that_fit(
-        nnx.merge(policy.graph, policy.adapter, policy.base).config, c.dtype, free,
-        n_rows=c.n_completions_per_step, group_size=c.group_size, longest=c.max_prompt_tokens,
-        max_tokens=c.max_tokens,
+        model_shape(policy), c.dtype, free, n_rows=n_rows, group_size=c.group_size,
+        longest=c.max_prompt_tokens, max_tokens=c.max_tokens,
     )  # fmt: skip
 
 
 def open_sampler(
     config: Config, policy: Policy, stops: Sequence[int], run_id: str, *, alone: bool = True
 ) -> Sampler:
-    """The sampler that the config asks for; RunError if the server cannot be used. `alone`: what
-    other runs have left on the server goes."""
+    """The sampler that the config asks for, of one adapter or of those of several members;
+    RunError if the server cannot be used. `alone`: what other runs have left on the server goes."""
     if config.rollout == "jax":
         return JaxSampler(
             policy.graph,
             policy.adapter,
             policy.base,
+            scales=policy.scales,
             stop_token_ids=stops,
             max_tokens=config.max_tokens,
             max_rows=sampled_at_once(config, policy, free_memory()),

@@ -46,22 +46,22 @@ KL = Column("kl", 9, "train/approx_kl", "{:.1e}", "from the step's first policy,
 CLIP = Column("clip", 6, "train/clip_fraction", "{:.2f}", "share of clipped tokens")
 
 
-def columns_of(config: Config) -> list[Column]:
-    """The columns that can say something for this run: the reward where it is not the accuracy, KL
-    and clipping where more than one update lets the policy move."""
-    c = config
-    shaped = c.reward_function or c.use_prm or c.use_length_penalty
-    moves = c.updates_per_rollout > 1
-    extra = [REWARD] * bool(shaped) + [KL] * moves + [CLIP] * (moves and c.use_clip)
+def columns_of(*configs: Config) -> list[Column]:
+    """The columns that can say something for one of these runs: the reward where it is not the
+    accuracy, KL and clipping where more than one update lets the policy move."""
+    shaped = any(c.reward_function or c.use_prm or c.use_length_penalty for c in configs)
+    moving = [c for c in configs if c.updates_per_rollout > 1]
+    clips = any(c.use_clip for c in moving)
+    extra = [REWARD] * shaped + [KL] * bool(moving) + [CLIP] * clips
     return [ACCURACY, *extra, *COLUMNS]
 
 
 class StepLines:
     """Turns metrics into lines under a title; the last columns go where the console is narrow."""
 
-    def __init__(self, columns: Sequence[Column], n_steps: int, width: int) -> None:
-        self.n_steps, self._width = n_steps, width
-        self._first = max(2 * len(str(n_steps)) + 1, 4)
+    def __init__(self, columns: Sequence[Column], n_steps: int, width: int, name: str = "") -> None:
+        self.n_steps, self._width, self._name = n_steps, width, name
+        self._first = max(2 * len(str(n_steps)) + 1, 4) + (1 + len(name) if name else 0)
         self._columns: list[Column] = []
         for column in columns:
             width -= column.width
@@ -78,10 +78,12 @@ class StepLines:
         return f"{'step':>{self._first}}" + "".join(f"{c.title:>{c.width}}" for c in self._columns)
 
     def row(self, step: int, metrics: Mapping[str, Any]) -> Text:
+        """A step's figures below the titles."""
         seconds = (metrics.get("time/step") or 0.0) - (metrics.get("time/compile") or 0.0)
         if (tokens := metrics.get("tokens/generated")) and seconds > 0:
             metrics = {**metrics, "tokens_per_s": tokens / seconds}
-        text = Text(f"{f'{step}/{self.n_steps}':>{self._first}}", "dim")
+        of = f"{self._name} {step}/{self.n_steps}" if self._name else f"{step}/{self.n_steps}"
+        text = Text(f"{of:>{self._first}}", "dim")
         for c in self._columns:
             value = metrics.get(c.tag)
             shown = "-" if value is None else c.form.format(value)

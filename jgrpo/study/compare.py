@@ -117,7 +117,8 @@ def compare(
     refs = {c.kl_to: ref_adapter(c, start) for c in configs if needs_ref(c)}
     entropy_gradient = any(c.entropy_coef > 0 for c in configs)
     first = configs[0]
-    stacks = [_micro_batches(r, first) for r in rows]
+    # All rows, whatever their advantages: they are cut alike for all variants.
+    stacks = [batches_of(r, np.arange(len(r.advantages)), first) for r in rows]
     forward = _Forward(policy.graph, first.temperature, entropy_gradient)
     step = jax.jit(lambda *args: _gradients(forward, losses, ref_wanted, *args))
     logprobs_of = jax.jit(lambda *args: forward(*args)[0])
@@ -149,11 +150,10 @@ class _Forward:
         )
 
 
-def _micro_batches(rows: Rows, config: Config) -> list[MicroBatch]:
-    """All rows, whatever their advantages: they are cut alike for all variants."""
-    everything = np.arange(len(rows.advantages))
+def batches_of(rows: Rows, index: np.ndarray, config: Config) -> list[MicroBatch]:
+    """Some rows of a rollout, as a config cuts them."""
     return micro_batches(
-        rows, everything,
+        rows, index,
         micro_batch_size=config.micro_batch_size,
         max_prompt_tokens=config.max_prompt_tokens, max_tokens=config.max_tokens,
     )  # fmt: skip

@@ -1,12 +1,15 @@
-"""The policy that is trained: adapter and optimizer state, and how one rollout changes them.
+"""The policies that are trained: adapters and optimizer states, and how one rollout changes them.
+
+Members stand side by side (`step`); a lone run is a population of one. How many updates a rollout
+makes, of which completions, is each member's own: the n-th update of all is one program's.
 
 Old and reference logprobs are computed where a technique needs them, and only there: with one
 update a rollout the policy is the old one, and without a KL to base or start nobody asks for them.
 """
 
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from typing import Any
 
 import jax
@@ -19,8 +22,11 @@ from jgrpo.config import Config
 from jgrpo.losses import LOSSES
 from jgrpo.policy.attention import chosen
 from jgrpo.policy.batch import MicroBatch, Rows, completion_mask, micro_batches, with_signal
-from jgrpo.policy.lora import switched_off
-from jgrpo.update.step import Loss, Update, adam, learning_rate, loss_denominator
+from jgrpo.policy.lora import nth, stacked_up, switched_off, with_rank
+from jgrpo.update.optimizer import adam, learning_rate
+from jgrpo.update.step import Arrays, Loss, Objective, Tree, Update, loss_denominator
+
+SKIPPED = "train/skipped_updates"
 
 
 def loss_of(config: Config) -> Loss:
@@ -48,7 +54,13 @@ def loss_of(config: Config) -> Loss:
         options["importance_mode"] = c.importance_weight_mode
     if c.entropy_coef:
         options["entropy_coef"] = c.entropy_coef
-    return partial(LOSSES[c.loss_type], **options)
+    return _bound(c.loss_type, tuple(options.items()))
+
+
+@cache
+def _bound(name: str, options: tuple) -> Loss:
+    """The same object for the same options: members that share it are computed as one."""
+    return partial(LOSSES[name], **dict(options))
 
 
 def needs_ref(config: Config) -> bool:
@@ -70,105 +82,219 @@ def pulls_without_advantage(config: Config) -> bool:
 
 @dataclass(frozen=True)
 class Part:
-    """The completions of one optimizer update."""
+    """The completions of one optimizer update of a member, by their place in its rollout: those
+    that can have a gradient; and the loss's denominator for all."""
 
-    batches: list[MicroBatch]
+    index: np.ndarray
     denominator: float
 
 
+def parts_of(config: Config, rows: Rows) -> list[Part]:
+    """A rollout cut into the completions of each update of an epoch, whole groups together; what
+    can have no gradient is left out, but not of the denominators.
+
+    Groups are dealt out in turn: dynamic sampling puts those with a signal first, and a part of
+    others alone would have nothing to learn."""
+    c, mask = config, completion_mask(rows)
+    pull = np.ones(len(mask)) if pulls_without_advantage(c) else rows.advantages.copy()
+    pull[~mask.any(axis=1)] = 0.0
+    turn = np.arange(len(mask)) // c.group_size % c.updates_per_epoch
+    parts = []
+    for part in range(c.updates_per_epoch):
+        index = np.flatnonzero(turn == part)
+        denominator = loss_denominator(loss_of(c), mask[index])
+        parts.append(Part(index[with_signal(pull[index])], denominator))
+    return parts
+
+
+Turn = tuple[tuple[int, int], ...]
+"""What one update trains: (member, part of its rollout), for each member that has one."""
+
+
+class Logprobs:
+    """Of a rollout's completions, under their places in it, float32 [N, longest]; NaN until known.
+    What is known stays."""
+
+    def __init__(self, rows: Rows) -> None:
+        longest = max(map(len, rows.completions), default=0)
+        self.values = np.full((len(rows.completions), longest), np.nan, np.float32)
+
+    def add(self, batches: Sequence[MicroBatch], arrays: Arrays) -> None:
+        """What `Update` gave for these micro-batches."""
+        for batch, values in zip(batches, arrays, strict=True):
+            for i, row, n in zip(batch.completions, values, lengths(batch), strict=True):
+                if n and np.isnan(self.values[i, 0]):
+                    self.values[i, :n] = row[:n]
+
+    def of(self, batches: Sequence[MicroBatch]) -> Arrays | None:
+        """As `Update` takes them; None if none is known."""
+        found = [np.full(batch.mask.shape, np.nan, np.float32) for batch in batches]
+        for values, batch in zip(found, batches, strict=True):
+            for row, i, n in zip(values, batch.completions, lengths(batch), strict=True):
+                row[:n] = self.values[i, :n] if n else 0
+        return None if all(np.isnan(values).all() for values in found) else found
+
+
 class Learner:
-    """Holds `state`, (adapter, optimizer state), and changes it a rollout at a time;
-    `skipped_in_a_row` counts the last updates that were not finite. `start` is the adapter that the
-    run began from, where that is not `adapter` itself."""
+    """Holds the members' `adapters` and `opt_states`, [E, ...] each, smaller ranks filled up with
+    zeros, and changes them a rollout at a time; `skipped_in_a_row` [E] counts the last updates that
+    were not finite. `starts` are the adapters that the runs began from, where those are not
+    `adapters` themselves; `scales` as in `Update`."""
 
     def __init__(
         self,
-        config: Config,
+        configs: Sequence[Config],
         graph: nnx.GraphDef,
-        adapter: nnx.State,
+        adapters: nnx.State,
         base: nnx.State,
-        start: nnx.State | None = None,
+        *,
+        starts: nnx.State | None = None,
+        scales: Sequence[float] | None = None,
     ):
-        self.config, self.base = config, base
-        self.start = adapter if start is None else start
-        self.loss = loss_of(config)
-        rate = learning_rate(
-            config.lr_scheduler_type, config.lr, config.n_updates, config.warmup_steps
-        )
-        self.rate: Callable[[int], Any] = rate if callable(rate) else lambda _: rate
-        optimizer = adam(rate)
-        head_width = nnx.merge(graph, adapter, base).config.head_width
-        self.update = Update(
-            graph,
-            self.loss,
-            optimizer,
-            temperature=config.temperature,
-            checkpoint=config.gradient_checkpointing,
-            entropy_gradient=config.entropy_coef > 0,
-            attn_implementation=chosen(config.attn_implementation, config.dtype, head_width),
-        )
-        self.state = adapter, optimizer.init(adapter)
-        self.skipped_in_a_row = 0
+        self.configs, self.base, self.adapters = list(configs), base, adapters
+        self.starts = adapters if starts is None else starts
+        self.rates = learning_rates(self.configs)
+        head_width = nnx.merge(graph, adapters, base).config.head_width
+        self.update = update_of(self.configs, graph, head_width, scales)
+        self.opt_states = self.update.init(adapters)
+        self.skipped_in_a_row = [0] * len(self.configs)
+
+    def state(self, e: int) -> tuple[nnx.State, Tree]:
+        """A member's adapter, of its own rank, and its optimizer's state."""
+        return with_rank(nth((self.adapters, self.opt_states), e), self.configs[e].lora_r)
+
+    def set_state(self, e: int, state: tuple[nnx.State, Tree]) -> None:
+        """Go on from what `state` gave."""
+        rank = max(c.lora_r for c in self.configs)
+        now = self.adapters, self.opt_states
+        new = jax.tree.map(lambda all_, x: all_.at[e].set(x), now, with_rank(state, rank))
+        self.adapters, self.opt_states = new
 
     @cached_property
     def ref(self) -> nnx.State:
-        """What the KL is to; made once, before the first update."""
-        return ref_adapter(self.config, self.start)
+        """What the members' KL is to; made once, before the first update."""
+        each = [ref_adapter(c, nth(self.starts, e)) for e, c in enumerate(self.configs)]
+        return stacked_up(each)
 
-    def learn(self, rows: Rows) -> dict[str, float]:
-        """All optimizer updates on one rollout -> metrics, means over the updates (tokens/trained,
-        train/skipped_updates: their sum) without those that were skipped."""
-        c, update = self.config, self.update
-        adapter, opt_state = self.state
-        n_before = int(optax.tree.get_all_with_path(opt_state, "count")[0][1])
-        parts = self.parts(rows)
-        old: list[Any] = [None]  # of a single part they come with its first update
-        if len(parts) > 1:
-            old = [update.logprobs(adapter, self.base, part.batches) for part in parts]
-        ref: list[Any] = [None] * len(parts)
-        if needs_ref(c):
-            ref = [update.logprobs(self.ref, self.base, part.batches) for part in parts]
-        history = []
-        for _ in range(c.epochs_per_step):
-            for i, part in enumerate(parts):
-                *state, metrics, logprobs = update(
-                    *self.state, self.base, part.batches, part.denominator, old[i], ref[i]
-                )
-                self.state = tuple(state)
-                old[i] = old[i] or logprobs
-                history.append(metrics)
-        values = jax.device_get(history)
-        gap, tokens, skipped = "sampler/logprob_diff_max", "tokens/trained", "train/skipped_updates"
-        for m in values:
-            self.skipped_in_a_row = self.skipped_in_a_row + 1 if m[skipped] else 0
-        made = [m for m in values if not m[skipped]] or values
-        return {tag: float(np.mean([m[tag] for m in made])) for tag in values[0]} | {
-            gap: float(max(m[gap] for m in made)),
-            tokens: float(sum(m[tokens] for m in values)),
-            skipped: float(sum(m[skipped] for m in values)),
-            "train/lr": float(self.rate(n_before)),
-            "train/compilations": update.n_compilations,
+    def learn(self, rows: Mapping[int, Rows]) -> dict[int, dict[str, float]]:
+        """All optimizer updates on a rollout of each member that takes part -> its metrics, means
+        over its updates (tokens/trained, train/skipped_updates: their sum) without those that were
+        skipped. `logprobs` are then the trainer's of what was trained, before the first update, by
+        member: [N, longest], NaN elsewhere."""
+        c, rollout = self.configs[0], together(rows)
+        parts = {e: parts_of(self.configs[e], r) for e, r in rows.items()}
+        ends = np.cumsum([len(r.completions) for r in rows.values()])
+        first = dict(zip(rows, [0, *ends.tolist()], strict=False))
+
+        @cache
+        def batches_of(turn: Turn) -> list[MicroBatch]:
+            index = np.concatenate([first[e] + parts[e][p].index for e, p in turn])
+            return micro_batches(
+                rollout, index, micro_batch_size=c.micro_batch_size,
+                max_prompt_tokens=c.max_prompt_tokens, max_tokens=c.max_tokens,
+            )  # fmt: skip
+
+        old, ref = Logprobs(rollout), Logprobs(rollout)
+        for turn in part_by_part(parts, [e for e in parts if len(parts[e]) > 1]):
+            batches = batches_of(turn)  # of a single part they come with its first update
+            old.add(batches, self.update.logprobs(self.adapters, self.base, batches))
+        for turn in part_by_part(parts, [e for e in parts if needs_ref(self.configs[e])]):
+            batches = batches_of(turn)
+            ref.add(batches, self.update.logprobs(self.ref, self.base, batches))
+
+        (_, n_before), *_ = jax.device_get(optax.tree.get_all_with_path(self.opt_states, "count"))
+        history: dict[int, list[dict[str, float]]] = {e: [] for e in rows}
+        n_updates = {e: self.configs[e].updates_per_rollout for e in rows}
+        for j in range(max(n_updates.values())):
+            turn = tuple((e, j % len(parts[e])) for e in rows if j < n_updates[e])
+            for e, metrics in self._update(turn, parts, batches_of, old, ref).items():
+                history[e].append(metrics)
+        self.logprobs = dict(zip(rows, np.split(old.values, ends[:-1]), strict=True))
+        return {e: self._summary(e, h, int(n_before[e])) for e, h in history.items()}
+
+    def _update(self, turn: Turn, parts, batches_of, old: Logprobs, ref: Logprobs):
+        """One update of each member of the turn -> its metrics."""
+        batches = batches_of(turn)
+        denominators = np.ones(len(self.configs), np.float32)
+        for e, p in turn:
+            denominators[e] = parts[e][p].denominator
+        self.adapters, self.opt_states, metrics, logprobs = self.update(
+            self.adapters, self.opt_states, self.base, batches, denominators, self.rates,
+            old.of(batches), ref.of(batches),
+        )  # fmt: skip
+        old.add(batches, logprobs)
+        metrics = jax.device_get(metrics)
+        found = {e: {tag: float(x[e]) for tag, x in metrics.items()} for e, _ in turn}
+        skipped = [pair for pair in turn if found[pair[0]][SKIPPED]] if len(turn) > 1 else []
+        for pair in skipped:  # what is not finite reaches the others' sums: again, each alone
+            found |= self._update((pair,), parts, batches_of, old, ref)
+        return found
+
+    def _summary(self, e: int, history: list[dict[str, float]], n_before: int) -> dict[str, float]:
+        gap, tokens = "sampler/logprob_diff_max", "tokens/trained"
+        for m in history:
+            self.skipped_in_a_row[e] = self.skipped_in_a_row[e] + 1 if m[SKIPPED] else 0
+        made = [m for m in history if not m[SKIPPED]] or history
+        return {tag: float(np.mean([m[tag] for m in made])) for tag in self.update.tags(e)} | {
+            gap: max(m[gap] for m in made),
+            tokens: sum(m[tokens] for m in history),
+            SKIPPED: sum(m[SKIPPED] for m in history),
+            "train/lr": float(self.rates[e][n_before]),
+            "train/compilations": self.update.n_compilations,
         }
 
-    def parts(self, rows: Rows) -> list[Part]:
-        """A rollout cut into the completions of each update of an epoch, whole groups together;
-        what can have no gradient is left out of the batches, but not of the denominators.
 
-        Groups are dealt out in turn: dynamic sampling puts those with a signal first, and a part of
-        others alone would have nothing to learn."""
-        c, mask = self.config, completion_mask(rows)
-        pull = np.ones(len(mask)) if pulls_without_advantage(c) else rows.advantages.copy()
-        pull[~mask.any(axis=1)] = 0.0
-        turn = np.arange(len(mask)) // c.group_size % c.updates_per_epoch
-        parts = []
-        for part in range(c.updates_per_epoch):
-            index = np.flatnonzero(turn == part)
-            batches = micro_batches(
-                rows,
-                index[with_signal(pull[index])],
-                micro_batch_size=c.micro_batch_size,
-                max_prompt_tokens=c.max_prompt_tokens,
-                max_tokens=c.max_tokens,
-            )
-            parts.append(Part(batches, loss_denominator(self.loss, mask[index])))
-        return parts
+def update_of(
+    configs: Sequence[Config],
+    graph: nnx.GraphDef,
+    head_width: int,
+    scales: Sequence[float] | None = None,
+) -> Update:
+    """The update that members ask for."""
+    shared = configs[0]
+    return Update(
+        graph,
+        [Objective(loss_of(c), needs_ref(c)) for c in configs],
+        adam(),
+        scales=scales,
+        temperature=shared.temperature,
+        checkpoint=shared.gradient_checkpointing,
+        entropy_gradient=any(c.entropy_coef > 0 for c in configs),
+        attn_implementation=chosen(shared.attn_implementation, shared.dtype, head_width),
+    )
+
+
+def learning_rates(configs: Sequence[Config]) -> np.ndarray:
+    """[E, n_updates]: by the count of updates made; the last one where there are fewer."""
+    longest = max(c.n_updates for c in configs)
+    rates = np.zeros((len(configs), longest))
+    for e, c in enumerate(configs):
+        rate = learning_rate(c.lr_scheduler_type, c.lr, c.n_updates, c.warmup_steps)
+        count = np.minimum(np.arange(longest), c.n_updates - 1)
+        rates[e] = rate(count) if callable(rate) else rate
+    return rates
+
+
+def part_by_part(parts: dict[int, list[Part]], members: Sequence[int]) -> list[Turn]:
+    """Each part of these members' rollouts, those of one number together."""
+    n = max((len(parts[e]) for e in members), default=0)
+    return [tuple((e, p) for e in members if p < len(parts[e])) for p in range(n)]
+
+
+def together(rows: Mapping[int, Rows]) -> Rows:
+    """The members' rollouts, one after another."""
+    all_of = lambda r: np.ones(len(r.completions), bool)  # noqa: E731
+    each = list(rows.values())
+    return Rows(
+        [x for r in each for x in r.prompts],
+        [x for r in each for x in r.completions],
+        [x for r in each for x in r.sampler_logprobs],
+        np.concatenate([r.advantages for r in each]),
+        np.concatenate([all_of(r) if r.trained is None else r.trained for r in each]),
+        np.concatenate([np.full(len(r.completions), e) for e, r in rows.items()]),
+    )
+
+
+def lengths(batch: MicroBatch) -> np.ndarray:
+    """int [N]: trained tokens of each completion."""
+    return batch.mask.sum(axis=1).astype(int)

@@ -1,8 +1,12 @@
-"""The update: a pure function of (adapter, optimizer state, base, micro-batches).
+"""The update: a pure function of (adapters, optimizer states, base, micro-batches).
 
-Gradients are sums over micro-batches, divided once by the denominator of the whole rollout; then
-one optimizer update. The adapter and the optimizer's state are donated; nothing returns to the host
-until the step is over. Nothing here forbids a leading axis of adapters (vmap) or a mesh.
+It is that of E members at once: E adapters over one base, [E, L, in, R], each with a loss, an
+optimizer and figures of its own; a lone run is a population of one. A micro-batch holds completions
+of any of them, and a member's gradient comes from its own alone.
+
+Gradients are sums over micro-batches, divided once by the denominator of the member's whole
+rollout; then one optimizer update each. Adapters and optimizer states are donated; nothing returns
+to the host until the step is over. Nothing here forbids a mesh.
 """
 
 import weakref
@@ -19,24 +23,34 @@ from jgrpo.losses import Terms, k3
 from jgrpo.policy.backend import backend
 from jgrpo.policy.batch import MicroBatch
 from jgrpo.policy.logprobs import head_logprobs, hidden_states, token_logprobs
+from jgrpo.policy.lora import side_by_side
+from jgrpo.policy.model import Decoder
 from jgrpo.policy.tape import Tape
 from jgrpo.policy.tracing import traced
+from jgrpo.update.optimizer import adam as adam  # with `Update` where it is made
+from jgrpo.update.optimizer import global_norm
 
 Loss = Callable[..., Terms]
 """One of `losses.LOSSES` with its options bound. Besides logprobs, old_logprobs, advantages and
 mask it is given the arrays ref_logprobs (if there are any), sampler_logprobs and entropies."""
-Schedule = Callable[[int], float]
 Tree = Any
-Arrays = Sequence[jax.Array]
-"""float32 [STACK, N, U], one a stack of micro-batches: what `Update` gave for the same ones."""
+Arrays = Sequence[np.ndarray]
+"""float32 [N, U], one a micro-batch."""
 
 STACK = 16
 """How many micro-batches one program goes through. XLA's CPU client maps a program's memory anew at
 each execution, and new pages cost time: up to a tenth of a micro-batch's."""
 
 
+class Objective(NamedTuple):
+    """What a member minimises, and whether that looks at reference logprobs."""
+
+    loss: Loss
+    uses_ref: bool = True
+
+
 class Sums(NamedTuple):
-    """What micro-batches add up to: a gradient and sums over tokens; and the largest gap."""
+    """What micro-batches add up to: gradients, sums over tokens [E], and the largest gaps [E]."""
 
     gradient: Tree
     metrics: dict[str, jax.Array]
@@ -46,61 +60,32 @@ class Sums(NamedTuple):
 OUR_SUMS = ("loss", "entropy", "tokens", "gap", "sampler_kl")
 
 
-def learning_rate(kind: str, lr: float, n_updates: int, warmup_steps: int = 0) -> Schedule | float:
-    """The learning rate by the count of updates made: a linear rise over `warmup_steps`, then
-    `kind`: constant, or linear or cosine down to 0 at n_updates."""
-    if kind == "constant" and not warmup_steps:
-        return lr
-    left = n_updates - warmup_steps
-    after: dict[str, Schedule] = {
-        "constant": optax.constant_schedule(lr),
-        "linear": optax.linear_schedule(lr, 0.0, left),
-        "cosine": optax.cosine_decay_schedule(lr, left),
-    }
-    rise = optax.linear_schedule(0.0, lr, warmup_steps)
-    return optax.join_schedules([rise, after[kind]], [warmup_steps])
-
-
-def adam(lr: Schedule | float) -> optax.GradientTransformation:
-    """Adam without weight decay, the global gradient norm clipped at 1 (the study's optimizer)."""
-    clip = optax.clip_by_global_norm(1.0)
-    shrunk = lambda g: jax.tree.map(lambda x: x * shrinking(g), g)  # noqa: E731
-    small_enough = optax.stateless(lambda g, _: clip.update(shrunk(g), optax.EmptyState())[0])
-    return optax.chain(small_enough, optax.adam(lr, b1=0.9, b2=0.999, eps=1e-8))
-
-
-def shrinking(gradient: Tree) -> jax.Array:
-    """A power of two, so that it changes no bit else: what `gradient` times it may be squared and
-    summed, which overflows above 1.8e19. 1 below 2^30, and the norm stays above 1 beyond."""
-    largest = jnp.max(jnp.array([jnp.abs(g).max() for g in jax.tree.leaves(gradient)]))
-    return jnp.where(largest > 2.0**79, 2.0**-78, jnp.where(largest > 2.0**30, 2.0**-29, 1.0))
-
-
-def global_norm(gradient: Tree) -> jax.Array:
-    scale = shrinking(gradient)
-    return optax.tree.norm(jax.tree.map(lambda g: g * scale, gradient)) / scale
-
-
 class Update:
     """Compiled once for each shape of micro-batch.
 
-    Without old_logprobs the policy is the one that sampled (first update of a rollout): they equal
-    the logprobs, and no pass is spent. `entropy_gradient` lets the loss see that of the entropies.
+    `objectives` are the members', one each; `scales` multiply their B's beside what the graph does
+    (`lora.side_by_side`). Without old_logprobs the policy is the one that sampled (first update of
+    a rollout): they equal the logprobs, and no pass is spent; where one is NaN, it does so too.
+    `entropy_gradient` lets the losses see that of the entropies.
     """
 
     def __init__(
         self,
         graph: nnx.GraphDef,
-        loss: Loss,
-        optimizer: optax.GradientTransformation,
+        objectives: Sequence[Objective] | Loss,
+        optimizer: optax.GradientTransformationExtraArgs,
         *,
+        scales: Sequence[float] | None = None,
         temperature: float = 1.0,
         checkpoint: bool = False,
         entropy_gradient: bool = False,
         attn_implementation: str = "xla",
     ):
-        self.graph, self.loss, self.optimizer = graph, loss, optimizer
+        alone = [Objective(objectives)] if callable(objectives) else objectives
+        self.graph, self.objectives, self.optimizer = graph, [*alone], optimizer
+        self.scales = scales or [1.0] * len(self.objectives)
         self.of_layers: dict[str, Any] = {
+            "n_members": len(self.objectives),
             "checkpoint": checkpoint,
             "attn_implementation": attn_implementation,
         }
@@ -113,44 +98,61 @@ class Update:
         self._new_tape = jax.jit(lambda *given: me._blank_tape(*given))
         self._accumulate = jax.jit(lambda *given: me._through_stack(*given), donate_argnums=(0, 1))
         self._forward = jax.jit(lambda *given: me._logprobs_of_stack(*given))
-        self._apply = jax.jit(lambda *given: me._optimizer_step(*given), donate_argnums=(0, 1))
+        self._apply = jax.jit(lambda *given: me._optimizer_steps(*given), donate_argnums=(0, 1))
 
     def __call__(
         self,
-        adapter: Tree,
-        opt_state: Tree,
+        adapters: Tree,
+        opt_states: Tree,
         base: Tree,
         batches: Sequence[MicroBatch],
-        denominator: float,
+        denominators: np.ndarray,
+        rates: np.ndarray,
         old_logprobs: Arrays | None = None,
         ref_logprobs: Arrays | None = None,
     ) -> tuple[Tree, Tree, dict[str, jax.Array], Arrays]:
-        """One optimizer update -> adapter, opt_state, metrics (on the device), logprobs. Where the
-        loss or its gradient is not finite nothing is changed, and train/skipped_updates is 1. Where
-        the gradient is zero nothing is changed either: momentum alone is no step.
+        """One optimizer update a member -> adapters, opt_states, metrics [E] (on the device),
+        logprobs. Where a member's loss or gradient is not finite nothing of it is changed, and
+        train/skipped_updates is 1. Where the gradient is zero nothing is changed either: momentum
+        alone is no step.
 
-        `denominator` is the loss's for all completions of the rollout, also those left out of
-        `batches` because their advantage is zero. The logprobs are what a second update on the
-        same rollout takes as old_logprobs.
+        `denominators` [E] are the losses' for all completions of a member's rollout, also those
+        left out of `batches` because their advantage is zero; `rates` [E, n_updates] the learning
+        rates by the count of updates made. The logprobs are what a second update on the same
+        rollout takes as old_logprobs.
         """
-        total, logprobs = self._sum(adapter, base, batches, old_logprobs, ref_logprobs)
-        return *self._apply(adapter, opt_state, total, denominator), logprobs
+        total, logprobs = self._sum(adapters, base, batches, old_logprobs, ref_logprobs)
+        new = self._apply(adapters, opt_states, total, denominators, rates)
+        return *new, _unstacked(logprobs)
 
-    def logprobs(self, adapter, base, batches: Sequence[MicroBatch]) -> Arrays:
-        """A forward pass alone: the policy's logprobs."""
-        return [self._forward(adapter, base, stack, n) for stack, n in _stacked(batches)]
+    def init(self, adapters: Tree) -> Tree:
+        """The optimizer states of [E, ...] adapters."""
+        return jax.vmap(self.optimizer.init)(adapters)
 
-    def gradient(self, adapter, base, batches, denominator) -> Tree:
-        """The gradient alone, as the optimizer would see it before clipping."""
-        total, _ = self._sum(adapter, base, batches, None, None)
+    def logprobs(self, adapters, base, batches: Sequence[MicroBatch]) -> Arrays:
+        """A forward pass alone: the policies' logprobs."""
+        stacks = _stacked(batches)
+        return _unstacked([(self._forward(adapters, base, stack, n), n) for stack, n in stacks])
+
+    def tags(self, e: int) -> list[str]:
+        """The metrics that say something of a member: its loss has others than another one's."""
+        ours = ("loss", "entropy", "grad_norm", "skipped_updates")
+        names = [*ours, *_metrics_of(self.objectives[e].loss)]
+        sampler = ("logprob_diff_mean", "logprob_diff_max", "kl")
+        of_sampler = [f"sampler/{name}" for name in sampler]
+        return [*(f"train/{name}" for name in names), *of_sampler, "tokens/trained"]
+
+    def gradient(self, adapters, base, batches, denominator) -> Tree:
+        """The gradient alone, as the optimizers would see it before clipping."""
+        total, _ = self._sum(adapters, base, batches, None, None)
         return jax.tree.map(lambda g: g / denominator, total.gradient)
 
-    def compiled(self, adapter, base, batch: MicroBatch) -> jax.stages.Compiled:
+    def compiled(self, adapters, base, batch: MicroBatch) -> jax.stages.Compiled:
         """The program of a shape of micro-batch (first update of a rollout), of shapes alone."""
-        total = jax.eval_shape(self._zeros, adapter)
+        total = jax.eval_shape(self._zeros, adapters)
         (stacked,) = _stacked([batch])
-        tape = self._new_tape.eval_shape(adapter, base, stacked[0])
-        return self._accumulate.lower(total, tape, adapter, base, *stacked, None, None).compile()
+        tape = self._new_tape.eval_shape(adapters, base, stacked[0])
+        return self._accumulate.lower(total, tape, adapters, base, *stacked, None, None).compile()
 
     @property
     def n_compilations(self) -> int:
@@ -160,96 +162,130 @@ class Update:
         programs = (self._accumulate, self._forward, self._apply)
         return sum(f._cache_size() for f in programs)  # type: ignore[attr-defined]
 
-    def _sum(self, adapter, base, batches, old, ref) -> tuple[Sums, Arrays]:
-        total, logprobs, stacks = self._zeros(adapter), [], _stacked(batches)
-        nothing = [None] * len(stacks)
-        for stacked, o, r in zip(stacks, old or nothing, ref or nothing, strict=True):
-            tape = self._take_tape(adapter, base, stacked[0])
-            total, self._tape, new = self._accumulate(total, tape, adapter, base, *stacked, o, r)
-            logprobs.append(new)
+    def _model(self, adapters, base) -> Decoder:
+        return nnx.merge(self.graph, side_by_side(adapters, self.scales), base)
+
+    def _sum(self, adapters, base, batches, old, ref):
+        """The sums, and each stack's logprobs with how many of its micro-batches count."""
+        total, logprobs, nothing = self._zeros(adapters), [], [None] * len(batches)
+        given = zip(batches, old or nothing, ref or nothing, strict=True)
+        for (stack, o, r), n in _stacked([*given]):
+            tape = self._take_tape(adapters, base, stack)
+            total, self._tape, new = self._accumulate(total, tape, adapters, base, stack, n, o, r)
+            logprobs.append((new, n))
         return total, logprobs
 
-    def _take_tape(self, adapter, base, stack: MicroBatch) -> Tape | None:
+    def _take_tape(self, adapters, base, stack: MicroBatch) -> Tape | None:
         """The last program's tape, or a new one where it does not fit this one."""
         tape, self._tape = self._tape, None
         shape_of = lambda tape: jax.tree.map(lambda x: (x.shape, x.dtype), tape)  # noqa: E731
-        if shape_of(tape) != shape_of(self._new_tape.eval_shape(adapter, base, stack)):
+        if shape_of(tape) != shape_of(self._new_tape.eval_shape(adapters, base, stack)):
             del tape
-            tape = self._new_tape(adapter, base, stack)
+            tape = self._new_tape(adapters, base, stack)
         return tape
 
-    def _blank_tape(self, adapter, base, stack: MicroBatch) -> Tape | None:
+    def _blank_tape(self, adapters, base, stack: MicroBatch) -> Tape | None:
         """A tape to give to a program; None where it makes its own."""
         traced("tape", _words(stack))
-        return self._empty_tape(adapter, base, stack) if backend().tape_outlives_programs else None
+        return self._empty_tape(adapters, base, stack) if backend().tape_outlives_programs else None
 
-    def _empty_tape(self, adapter, base, stack: MicroBatch) -> Tape:
-        def written(adapter, base, batch):
-            return hidden_states(nnx.merge(self.graph, adapter, base), batch, [], **self.of_layers)
+    def _empty_tape(self, adapters, base, stack: MicroBatch) -> Tape:
+        def written(adapters, base, batch):
+            return hidden_states(self._model(adapters, base), batch, [], **self.of_layers)
 
         batch = jax.tree.map(lambda x: x[0], stack)
-        _, shapes = jax.eval_shape(written, adapter, base, batch)
+        _, shapes = jax.eval_shape(written, adapters, base, batch)
         return jax.tree.map(lambda x: jax.lax.empty(x.shape, x.dtype), shapes)
 
-    def _through_stack(self, total: Sums, tape, adapter, base, stack: MicroBatch, n, old, ref):
+    def _through_stack(self, total: Sums, tape, adapters, base, stack: MicroBatch, n, old, ref):
         traced("update", _words(stack))
         own = tape is None
-        tape = self._empty_tape(adapter, base, stack) if own else tape
+        tape = self._empty_tape(adapters, base, stack) if own else tape
 
         def step(i, carry):
             total, tape, logprobs = carry
             batch, o, r = _nth((stack, old, ref), i)
-            total, tape, new = self._micro_step(total, tape, adapter, base, batch, o, r)
+            total, tape, new = self._micro_step(total, tape, adapters, base, batch, o, r)
             return total, tape, logprobs.at[i].set(new)
 
         carry = total, tape, jnp.zeros(stack.mask.shape)
         total, tape, logprobs = jax.lax.fori_loop(0, n, step, carry)
         return total, None if own else tape, logprobs
 
-    def _logprobs_of_stack(self, adapter, base, stack: MicroBatch, n):
+    def _logprobs_of_stack(self, adapters, base, stack: MicroBatch, n):
         traced("logprobs", _words(stack))
 
         def step(i, logprobs):
-            batch = _nth(stack, i)
-            model = nnx.merge(self.graph, adapter, base)
+            batch, model = _nth(stack, i), self._model(adapters, base)
             return logprobs.at[i].set(
                 token_logprobs(model, batch, **self.of_layers, **self.of_head)[0]
             )
 
         return jax.lax.fori_loop(0, n, step, jnp.zeros(stack.mask.shape))
 
-    def _zeros(self, adapter) -> Sums:
-        one = jnp.zeros((1, 1))
-        arrays = {"sampler_logprobs": one, "entropies": one}
-        names = [*jax.eval_shape(self.loss, one, one, one[0], one, **arrays)[2], *OUR_SUMS]
-        gradient = jax.tree.map(jnp.zeros_like, adapter)
-        return Sums(gradient, {name: jnp.zeros(()) for name in names}, jnp.zeros(()))
+    def _zeros(self, adapters) -> Sums:
+        zeros = lambda: jnp.zeros(len(self.objectives))  # noqa: E731
+        names = {*OUR_SUMS}.union(*(_metrics_of(o.loss) for o in self.objectives))
+        gradient = jax.tree.map(jnp.zeros_like, adapters)
+        return Sums(gradient, {name: zeros() for name in sorted(names)}, zeros())
 
-    def _micro_step(self, total: Sums, tape, adapter, base, batch, old_logprobs, ref_logprobs):
-        def numerator(adapter):
-            model = nnx.merge(self.graph, adapter, base)
+    def _micro_step(self, total: Sums, tape, adapters, base, batch, old_logprobs, ref_logprobs):
+        def numerator(adapters):
+            model = self._model(adapters, base)
             hidden, written = hidden_states(model, batch, tape, **self.of_layers)
             logprobs, entropies = head_logprobs(model, hidden, batch, **self.of_head)
-            old = jax.lax.stop_gradient(logprobs) if old_logprobs is None else old_logprobs
-            arrays = {"sampler_logprobs": batch.sampler_logprobs, "entropies": entropies}
-            if ref_logprobs is not None:
-                arrays["ref_logprobs"] = ref_logprobs
-            loss, _, metrics = self.loss(logprobs, old, batch.advantages, batch.mask, **arrays)
-            return loss, (metrics, logprobs, old, entropies, written)
+            old = jax.lax.stop_gradient(logprobs)
+            if old_logprobs is not None:
+                old = jnp.where(jnp.isnan(old_logprobs), old, old_logprobs)
+            of_members = self._terms(batch, logprobs, old, ref_logprobs, entropies)
+            return of_members["loss"].sum(), (of_members, logprobs, old, entropies, written)
 
-        gradient_of = jax.value_and_grad(numerator, has_aux=True)
-        (loss, (metrics, logprobs, old, entropies, tape)), gradient = gradient_of(adapter)
+        gradient_of = jax.grad(numerator, has_aux=True)
+        gradient, (metrics, logprobs, old, entropies, tape) = gradient_of(adapters)
         gap = (old - batch.sampler_logprobs) * batch.mask  # both are of the policy that sampled
-        ours = (loss, entropies.sum(), batch.mask.sum(), jnp.abs(gap).sum(), k3(gap).sum())
-        new = Sums(gradient, metrics | dict(zip(OUR_SUMS, ours, strict=True)), jnp.abs(gap).max())
-        gradient, metrics = jax.tree.map(jnp.add, total[:2], new[:2])
-        largest_gap = jnp.maximum(total.largest_gap, new.largest_gap)
-        return Sums(gradient, metrics, largest_gap), tape, logprobs
+        mine = self._of_each(batch)[:, :, None]
+        sums = {"entropy": entropies, "tokens": batch.mask, "gap": jnp.abs(gap),
+                "sampler_kl": k3(gap)}  # fmt: skip
+        metrics |= {name: jnp.where(mine, x, 0).sum((1, 2)) for name, x in sums.items()}
+        largest_gap = jnp.where(mine, jnp.abs(gap), 0).max((1, 2))
+        gradient, metrics = jax.tree.map(jnp.add, total[:2], (gradient, metrics))
+        return Sums(gradient, metrics, jnp.maximum(total.largest_gap, largest_gap)), tape, logprobs
 
-    def _optimizer_step(self, adapter, opt_state, total: Sums, denominator):
-        traced("optimizer", f"{len(jax.tree.leaves(adapter))} arrays")
+    def _of_each(self, batch: MicroBatch) -> jax.Array:
+        """bool [E, N]: which completions are a member's."""
+        row = jnp.asarray(batch.starts) // batch.rows.shape[1]
+        member = jnp.asarray(batch.members)[jnp.asarray(batch.row_prompts)[row]]
+        return member == jnp.arange(len(self.objectives), dtype=member.dtype)[:, None]
+
+    def _terms(self, batch, logprobs, old, ref, entropies) -> dict[str, jax.Array]:
+        """The losses' numerators and metrics [E], each of a member's own completions. Members with
+        the same loss go through it as one."""
+        mine = self._of_each(batch)
+        terms: dict[str, jax.Array] = {}
+        for objective in dict.fromkeys(self.objectives):
+            arrays = {"sampler_logprobs": batch.sampler_logprobs, "entropies": entropies}
+            if ref is not None and objective.uses_ref:
+                arrays["ref_logprobs"] = ref
+            which = [e for e, o in enumerate(self.objectives) if o == objective]
+
+            def of_one(mine, loss=objective.loss, arrays=arrays):
+                mask = jnp.where(mine[:, None], batch.mask, 0)
+                value, _, sums = loss(logprobs, old, batch.advantages, mask, **arrays)
+                return sums | {"loss": value}
+
+            for name, x in jax.vmap(of_one)(mine[np.array(which)]).items():
+                none = jnp.zeros(len(self.objectives))
+                terms[name] = terms.get(name, none).at[np.array(which)].set(x)
+        return terms
+
+    def _optimizer_steps(self, adapters, opt_states, total: Sums, denominators, rates):
+        traced("optimizer", f"{len(jax.tree.leaves(adapters))} arrays")
+        return jax.vmap(self._optimizer_step)(adapters, opt_states, total, denominators, rates)
+
+    def _optimizer_step(self, adapter, opt_state, total: Sums, denominator, rates):
         gradient = jax.tree.map(lambda g: g / denominator, total.gradient)
-        updates, stepped = self.optimizer.update(gradient, opt_state, adapter)
+        lr = rates[optax.tree.get_all_with_path(opt_state, "count")[0][1]]
+        updates, stepped = self.optimizer.update(gradient, opt_state, adapter, lr=lr)
         new, old = (optax.apply_updates(adapter, updates), stepped), (adapter, opt_state)
         s, tokens = total.metrics, total.metrics["tokens"]
         per_token = {name: x / jnp.maximum(tokens, 1) for name, x in s.items()}
@@ -281,13 +317,24 @@ def _nth(stack: Tree, i: jax.Array) -> Tree:
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), stack)
 
 
-def _stacked(batches: Sequence[MicroBatch]) -> list[tuple[MicroBatch, int]]:
-    """Micro-batches of one shape as stacks with a leading axis of STACK, and how many of each
-    count: the last one is filled up."""
+def _stacked(batches: Sequence[Tree]) -> list[tuple[Tree, int]]:
+    """Micro-batches of one shape (or what belongs to each) as stacks with a leading axis of STACK,
+    and how many of each count: the last one is filled up."""
     parts = [batches[start : start + STACK] for start in range(0, len(batches), STACK)]
     filled = [[*part, *[part[-1]] * (STACK - len(part))] for part in parts]
     stacks = [jax.tree.map(lambda *x: np.stack(x), *part) for part in filled]
     return list(zip(stacks, map(len, parts), strict=True))
+
+
+def _unstacked(arrays: Sequence[tuple[jax.Array, int]]) -> Arrays:
+    return [x for stack, n in arrays for x in np.asarray(stack)[:n]]
+
+
+def _metrics_of(loss: Loss) -> list[str]:
+    """The names of a loss's metrics."""
+    one = jnp.zeros((1, 1))
+    arrays = {"sampler_logprobs": one, "entropies": one}
+    return [*jax.eval_shape(loss, one, one, one[0], one, **arrays)[2]]
 
 
 def loss_denominator(loss: Loss, mask: np.ndarray) -> float:

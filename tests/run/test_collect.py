@@ -33,7 +33,8 @@ class World:
         tokenizer: Any = SimpleNamespace(decode=lambda ids: " ".join(map(str, ids)))
         self.problems = Problems(tokenizer, (), [problem(i) for i in range(n)], [], [])
 
-    def sample(self, prompts, *, seeds, group_size, temperature, progress):
+    def sample(self, prompts, *, seeds, members, group_size, temperature, progress):
+        assert members == [0] * len(prompts)
         assert (group_size, temperature) == (G, 0.7)
         self.asked.append([index for (index,) in prompts])
         self.seeds.append(list(seeds))
@@ -60,7 +61,8 @@ class World:
         log: Any = SimpleNamespace(phase=lambda *_: nullcontext())
         sampler: Any = self
         scorers = Scorers(None, load_functions(config.reward_function))
-        return Collector(config, self.problems, sampler, sampler, scorers).collect(step, log)
+        collector = Collector([config], self.problems, sampler, sampler, [scorers])
+        return collector.collect(step, log)[0]
 
 
 def taken(rollout: Rollout) -> list[int]:

@@ -117,14 +117,14 @@ def test_a_closed_listener_hears_nothing(slow):
 def test_a_phase_knows_what_of_it_was_compilation(tmp_path, slow):
     console = Console(file=io.StringIO(), width=80)
     with RunLog(tmp_path, 1, console=console) as log:
-        with log.phase("training"):
+        with log.screen.phase("training"):
             program("update")(jnp.zeros(6)).block_until_ready()
-        with log.phase("evaluation"):  # a line of its own in metrics.jsonl
+        with log.screen.phase("evaluation"):  # a line of its own in metrics.jsonl
             program("decode")(jnp.zeros(7)).block_until_ready()
-        taken = log.take_seconds()
+        taken = log.screen.take_seconds()
     assert 0.2 <= taken["time/compile"] <= taken["time/training"]
     assert "compiled update (6 rows): " in console.file.getvalue()
-    assert log.summary().startswith("1 steps")
+    assert log.screen.summary().startswith("1 steps")
 
 
 def test_plain_names():

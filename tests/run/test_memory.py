@@ -25,7 +25,7 @@ from jgrpo.policy.batch import SLOT_COST, Rows, micro_batches
 from jgrpo.run import memory as memory_module
 from jgrpo.run.memory import free_memory, largest_micro_batch, ran_out, training_memory
 from jgrpo.run.rundir import read_metrics
-from jgrpo.run.session import open_policy, sampled_at_once
+from jgrpo.run.session import open_policies, sampled_at_once
 from jgrpo.train import dry_run, train
 from jgrpo.update.step import Update
 
@@ -65,9 +65,9 @@ def test_no_rollout_has_a_larger_micro_batch(root):
 
 def test_weights_are_counted_and_activations_are_the_compiler_s(root):
     config = tiny_config(root)
-    policy = open_policy(config, abstract=True)
-    real = open_policy(config)
-    memory = training_memory(config, policy, [18] * 8)
+    policy = open_policies([config], abstract=True)
+    real = open_policies([config])
+    memory = training_memory([config], policy, [18] * 8)
     assert memory.base == sum(x.nbytes for x in jax.tree.leaves(real.base))
     weights = sum(x.nbytes for x in adapter_arrays(real.adapter).values())
     assert 4 * weights <= memory.adapter <= 4 * weights + 64  # and Adam's counters
@@ -78,9 +78,9 @@ def test_weights_are_counted_and_activations_are_the_compiler_s(root):
 
 @pytest.mark.slow
 def test_more_tokens_at_once_take_more(root):
-    policy = open_policy(tiny_config(root), abstract=True)
+    policy = open_policies([tiny_config(root)], abstract=True)
     sizes = [
-        training_memory(tiny_config(root, micro_batch_size=n), policy, [18] * 8).activations
+        training_memory([tiny_config(root, micro_batch_size=n)], policy, [18] * 8).activations
         for n in (8, 32)
     ]
     assert 1.5 < sizes[1] / sizes[0] < 6
@@ -103,12 +103,12 @@ def test_a_dry_run_reads_no_weights_and_leaves_nothing(root, tmp_path, monkeypat
 
 def test_a_dry_run_finds_bad_input(root):
     with pytest.raises(InputError, match="no training problem is left"):
-        dry_run(tiny_config(root, max_prompt_tokens=2))
+        dry_run([tiny_config(root, max_prompt_tokens=2)])
 
 
 def test_what_does_not_fit_is_said_with_the_knobs(root):
-    policy = open_policy(tiny_config(root), abstract=True)
-    memory = training_memory(tiny_config(root), policy, [18] * 8)
+    policy = open_policies([tiny_config(root)], abstract=True)
+    memory = training_memory([tiny_config(root)], policy, [18] * 8)
     assert "does not fit" not in memory.table(memory.total)
     text = memory.table(memory.total - 1)
     assert "This does not fit: a smaller --micro_batch_size or --gradient_checkpointing" in text
@@ -119,7 +119,7 @@ def test_the_sampler_decodes_as_many_rows_as_fit(root):
     # Two layers with one head of 32 for keys and one for values: 512 bytes a token. Of 6 completion
     # tokens, 6 more in a stage before and 18 / 8 of the prompt; and four rows of logits.
     config = tiny_config(root)  # 4 x 8 completions
-    policy = open_policy(config, abstract=True)
+    policy = open_policies([config], abstract=True)
     n_vocab = policy.base["lm_head"]["kernel"].shape[-1]
     a_row = 512 * (6 + 6 + 18 / 8) + 16 * n_vocab
     for free, n in (

@@ -15,13 +15,14 @@ from transformers import AutoConfig, Qwen3ForCausalLM
 
 from jgrpo.config import PROJECTIONS
 from jgrpo.errors import RunError
+from jgrpo.policy.lora import nth
 from jgrpo.rollout.embedded import JaxSampler
 from jgrpo.rollout.protocol import Completion
 from jgrpo.run import probe as probe_module
 from jgrpo.run import session
 from jgrpo.run.probe import check_sampler, gap_problem
 from jgrpo.run.rundir import read_metrics
-from jgrpo.run.session import open_policy, open_problems, open_sampler
+from jgrpo.run.session import open_policies, open_problems, open_sampler
 from jgrpo.train import train
 
 BLOCK = {name: "self_attn" if name[0] in "qkvo" else "mlp" for name in PROJECTIONS}
@@ -41,7 +42,7 @@ def configured(shared_compilation_cache):
 
 
 def open_parts(config):
-    policy, problems = open_policy(config), open_problems(config)
+    policy, problems = open_policies([config]), open_problems(config)
     return config, policy, problems, open_sampler(config, policy, problems.stop_token_ids, "t")
 
 
@@ -53,7 +54,7 @@ def parts(root):
 
 def probe(parts, folder: Path) -> dict[str, float]:
     config, policy, problems, sampler = parts
-    return check_sampler(config, policy, sampler, problems, folder / "probe")
+    return check_sampler([config], policy, sampler, problems, [folder / "probe"])
 
 
 def edit(monkeypatch, change) -> None:
@@ -88,7 +89,7 @@ def test_a_sampler_that_ignores_the_adapter_is_caught(parts, tmp_path, monkeypat
     config, policy, problems, _ = parts
     fresh = open_sampler(config, policy, problems.stop_token_ids, "t")
     with pytest.raises(RunError, match="does not follow the adapter"):
-        check_sampler(config, policy, fresh, problems, tmp_path / "probe")
+        check_sampler([config], policy, fresh, problems, [tmp_path / "probe"])
 
 
 def test_a_sampler_that_forgets_to_divide_by_the_rank_is_caught(parts, tmp_path, monkeypatch):
@@ -120,7 +121,7 @@ def raw_logprobs(monkeypatch, policy) -> None:
         groups = real_sample(self, prompts, **options)
         flat = [(p, c) for p, group in zip(prompts, groups, strict=True) for c in group]
         both = [list(p) for p, _ in flat], [c.token_ids for _, c in flat]
-        raw = iter(probe_module._logprobs(policy, self.adapter, *both, 1.0).tolist())
+        raw = iter(probe_module._logprobs(policy, 0, nth(self.adapter, 0), *both, 1.0).tolist())
         return [
             [replace(c, logprobs=[next(raw) for _ in c.logprobs]) for c in group]
             for group in groups

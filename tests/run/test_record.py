@@ -19,9 +19,9 @@ def test_where_the_time_went_is_told_the_largest_first_and_who_was_waited_for():
 def test_the_shares_are_of_the_whole_run_whoever_takes_the_seconds_between(tmp_path):
     with RunLog(tmp_path, 1, live=False) as log:
         for name, seconds in (("reward", 0.02), ("training", 0.06), ("reward", 0.02)):
-            with log.phase(name):
+            with log.screen.phase(name):
                 time.sleep(seconds)
-            log.take_seconds()
-        shares = log.shares()
+            log.screen.take_seconds()
+        shares = log.screen.shares()
     assert [*shares] == ["training", "reward"]
     assert 0 < sum(shares.values()) <= 1

@@ -182,7 +182,7 @@ def test_no_line_is_wider_than_the_terminal(tmp_path, width):
 def test_without_a_terminal_there_are_no_control_codes_and_no_bars(tmp_path):
     console = plain()
     with RunLog(tmp_path, 1, console=console) as log:
-        with log.phase("generation", total=2) as advance:
+        with log.screen.phase("generation", total=2) as advance:
             advance(2, 10)
         log.info("x" * 300)
         log.log(1, STEP)
@@ -195,7 +195,7 @@ def test_on_a_terminal_the_phase_has_a_bar_with_its_rate(tmp_path):
     console = terminal()
     with (
         RunLog(tmp_path, 3, console=console) as log,
-        log.phase("generation", total=8) as advance,
+        log.screen.phase("generation", total=8) as advance,
     ):
         advance(4, 100)
         log.info("in between")
@@ -205,15 +205,15 @@ def test_on_a_terminal_the_phase_has_a_bar_with_its_rate(tmp_path):
 
 def test_phases_add_up_until_taken_even_when_they_fail(tmp_path):
     with RunLog(tmp_path, 1, console=plain()) as log:
-        with log.phase("reward"):
+        with log.screen.phase("reward"):
             pass
-        first = log.seconds["reward"]
-        with pytest.raises(KeyError), log.phase("reward"):
+        first = log.screen.seconds["reward"]
+        with pytest.raises(KeyError), log.screen.phase("reward"):
             raise KeyError
-        assert log.seconds["reward"] > first > 0
-        taken = log.take_seconds()
+        assert log.screen.seconds["reward"] > first > 0
+        taken = log.screen.take_seconds()
         assert set(taken) == {"time/reward", "time/compile"}
-        assert log.take_seconds() == {}
+        assert log.screen.take_seconds() == {}
 
 
 def test_the_bars_are_as_wide_as_the_terminal_and_every_column_keeps_its_place():
@@ -269,7 +269,7 @@ def test_a_clock(seconds, shows):
 def test_progress_from_many_threads_is_not_lost(tmp_path):
     with (
         RunLog(tmp_path, 1, live=False, console=plain()) as log,
-        log.phase("generation", total=4000) as advance,
+        log.screen.phase("generation", total=4000) as advance,
     ):
         threads = [
             threading.Thread(target=lambda: [advance(1, 3) for _ in range(500)]) for _ in range(8)
@@ -278,7 +278,7 @@ def test_progress_from_many_threads_is_not_lost(tmp_path):
             thread.start()
         for thread in threads:
             thread.join()
-        task = log._progress.tasks[-1]
+        task = log.screen._progress.tasks[-1]
         assert (task.completed, task.fields["tokens"]) == (4000, 12000)
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import PROMPTS, with_random_b
+from conftest import PROMPTS, OneLearner, OneMember, with_random_b
 from flax import nnx
 
 from jgrpo.config import Config
@@ -18,10 +18,10 @@ from jgrpo.losses import LOSSES
 from jgrpo.policy.adapter import adapter_arrays
 from jgrpo.policy.batch import Rows, micro_batches
 from jgrpo.policy.logprobs import token_logprobs
-from jgrpo.policy.lora import split
+from jgrpo.policy.lora import nth, split
 from jgrpo.policy.weights import load_model
-from jgrpo.update.learner import Learner, loss_of
-from jgrpo.update.step import adam, global_norm, learning_rate
+from jgrpo.update.learner import loss_of, parts_of
+from jgrpo.update.optimizer import adam, global_norm, learning_rate
 
 LENGTHS = [4, 2, 7, 2, 3, 2, 4, 3]
 COMPLETIONS = [[*range(20 + n, 19 + n + length), 66] for n, length in enumerate(LENGTHS)]
@@ -60,8 +60,8 @@ def new_learner(parts):
     graph, adapter, base = parts
     updates = {}
 
-    def get(**options) -> Learner:
-        learner = Learner(tiny_config(**options), graph, jax.tree.map(jnp.copy, adapter), base)
+    def get(**options) -> OneLearner:
+        learner = OneLearner(tiny_config(**options), graph, jax.tree.map(jnp.copy, adapter), base)
         memory = ("micro_batch_size", "epochs_per_step", "updates_per_epoch")
         key = str({k: v for k, v in options.items() if k not in memory})
         learner.update = updates.setdefault(key, learner.update)
@@ -77,12 +77,16 @@ class Recorder:
         self.update, self.calls = update, []
 
     def __call__(self, *args):
-        result = self.update(*args)
-        self.calls.append((args[3:], result[2:]))
-        return result
+        *state, metrics, logprobs = self.update(*args)
+        self.calls.append((args[3:], (nth(metrics, 0), logprobs)))
+        return *state, metrics, logprobs
 
     def __getattr__(self, name):
         return getattr(self.update, name)
+
+
+TAGS = ("train/loss", "train/grad_norm", "train/skipped_updates", "sampler/logprob_diff_max",
+        "tokens/trained")  # fmt: skip
 
 
 class AllOnes:
@@ -94,24 +98,22 @@ class AllOnes:
     def __init__(self, update):
         self.optimizer = update.optimizer
 
-    def __call__(self, adapter, state, base, batches, denominator, old, ref):
+    def __call__(self, adapter, state, base, batches, denominators, rates, old, ref):
         assert ref is None
         ones = jax.tree.map(jnp.ones_like, adapter)
-        updates, state = self.optimizer.update(ones, state, adapter)
-        tags = ("train/loss", "train/grad_norm", "train/skipped_updates",
-                "sampler/logprob_diff_max", "tokens/trained")  # fmt: skip
-        return optax.apply_updates(adapter, updates), state, dict.fromkeys(tags, 0.0), [0]
+        lr = rates[0, int(optax.tree.get(state, "count")[0])]
+        step = jax.vmap(lambda *given: self.optimizer.update(*given, lr=lr))
+        updates, state = step(ones, state, adapter)
+        nothing = [np.zeros(batch.mask.shape, np.float32) for batch in batches]
+        return optax.apply_updates(adapter, updates), state, {tag: [0.0] for tag in TAGS}, nothing
+
+    def tags(self, e):
+        return TAGS
 
 
 def batches(rows=ROWS, index=range(8)):
     limits = {"max_prompt_tokens": 8, "max_tokens": 8}
     return micro_batches(rows, np.array(index), micro_batch_size=24, **limits)
-
-
-def rows_in(part) -> list[int]:
-    """Which completions a part holds, by their labels."""
-    labels = np.concatenate([batch.sampler_logprobs.min(axis=1) for batch in part.batches])
-    return sorted(int(-4 * label) - 1 for label in labels if label)
 
 
 def relative_error(got: dict, expected: dict, origin: dict | None = None) -> float:
@@ -134,12 +136,12 @@ def test_four_updates_are_two_passes_over_two_halves_from_one_old_policy(parts, 
     """Against the loop written out: old logprobs of both halves before the first update, whole
     groups together, and each half's own tokens (11 and 16) as its denominator."""
     learner, before = new_learner(**FOUR_UPDATES), adapter_arrays(parts[1])
-    update = learner.update
-    learner.update = recorder = Recorder(update)
+    update = OneMember(learner.update, 0.01)
+    learner.update = recorder = Recorder(learner.update)
     metrics = learner.learn(ROWS)
 
     adapter, base = jax.tree.map(jnp.copy, parts[1]), parts[2]
-    state = update.optimizer.init(adapter)
+    state = update.init(adapter)
     halves = [batches(index=half) for half in HALVES]
     old = [update.logprobs(adapter, base, half) for half in halves]
     history = []
@@ -148,7 +150,7 @@ def test_four_updates_are_two_passes_over_two_halves_from_one_old_policy(parts, 
             adapter, state, values, _ = update(adapter, state, base, half, n_tokens, o)
             history.append(values)
 
-    got, expected = adapter_arrays(learner.state[0]), adapter_arrays(adapter)
+    got, expected = adapter_arrays(learner.state(0)[0]), adapter_arrays(adapter)
     assert relative_error(got, expected, before) < 1e-3
     assert len(recorder.calls) == 4
     for tag in ("train/loss", "train/entropy", "train/kl", "train/clip_fraction"):
@@ -168,8 +170,9 @@ def test_a_second_pass_takes_the_first_one_s_logprobs_as_old_and_a_rollout_its_o
         learner.learn(ROWS)
     for calls in (recorder.calls[:2], recorder.calls[2:]):
         (first, (before, sampled)), (second, (after, _)) = calls
-        assert first[2:] == (None, None)  # the policy is the one that sampled: no pass is spent
-        assert second[2] is sampled
+        assert first[3:] == (None, None)  # the policy is the one that sampled: no pass is spent
+        for batch, old, new in zip(first[0], second[3], sampled, strict=True):
+            np.testing.assert_array_equal(old[batch.mask > 0], new[batch.mask > 0])
         assert before["train/approx_kl"] == 0
         assert after["train/approx_kl"] > 1e-5
 
@@ -187,9 +190,10 @@ def test_micro_batches_change_nothing(parts, new_learner):
     before = adapter_arrays(parts[1])
     two_updates = FOUR_UPDATES | {"epochs_per_step": 1}
     in_one, in_many = (new_learner(**two_updates | {"micro_batch_size": n}) for n in (24, 6))
-    assert [len(part.batches) for part in in_many.parts(ROWS)] == [2, 2]
+    in_many.update = recorder = Recorder(in_many.update)
     metrics = [learner.learn(ROWS) for learner in (in_one, in_many)]
-    got, expected = (adapter_arrays(learner.state[0]) for learner in (in_many, in_one))
+    assert [len(given[0]) for given, _ in recorder.calls] == [2, 2]
+    got, expected = (adapter_arrays(learner.state(0)[0]) for learner in (in_many, in_one))
     assert relative_error(got, expected, before) < 1e-3
     for tag in metrics[0].keys() - {"train/compilations"}:
         assert metrics[0][tag] == pytest.approx(metrics[1][tag], rel=1e-3, abs=1e-6)
@@ -211,18 +215,16 @@ def test_micro_batches_change_nothing(parts, new_learner):
     ],
     ids=str,
 )
-def test_a_completion_without_advantage_is_left_out_unless_it_can_pull(
-    new_learner, options, row_4_pulls
-):
+def test_a_completion_without_advantage_is_left_out_unless_it_can_pull(options, row_4_pulls):
     everybody = list(range(8))
     expected = everybody if row_4_pulls else [n for n in everybody if n != 4]
-    [part] = new_learner(**options).parts(ROWS)
-    assert rows_in(part) == expected
+    [part] = parts_of(tiny_config(**options), ROWS)
+    assert [*part.index] == expected
     assert part.denominator == 8  # in the denominator they all are
     # A completion that is not trained on has neither advantage nor KL nor entropy.
     rows = dataclasses.replace(ROWS, trained=~TRUNCATED)
-    [part] = new_learner(**options).parts(rows)
-    assert rows_in(part) == [n for n in expected if n not in (2, 7)]
+    [part] = parts_of(tiny_config(**options), rows)
+    assert [*part.index] == [n for n in expected if n not in (2, 7)]
 
 
 @pytest.mark.parametrize(
@@ -237,14 +239,13 @@ def test_a_completion_without_advantage_is_left_out_unless_it_can_pull(
     ],
     ids=str,
 )
-def test_a_part_is_whole_groups_and_has_its_own_denominator(new_learner, options, denominators):
-    parts = new_learner(updates_per_epoch=2, **options).parts(ROWS)
-    assert [rows_in(part) for part in parts] == [[0, 1, 5], [2, 3, 6, 7]]
+def test_a_part_is_whole_groups_and_has_its_own_denominator(options, denominators):
+    config = tiny_config(updates_per_epoch=2, **options)
+    parts = parts_of(config, ROWS)
+    assert [[*part.index] for part in parts] == [[0, 1, 5], [2, 3, 6, 7]]
     assert [part.denominator for part in parts] == denominators
     # Without two truncated ones, of 7 and 3 tokens, there are fewer tokens, but as many rows.
-    parts = new_learner(updates_per_epoch=2, **options).parts(
-        dataclasses.replace(ROWS, trained=~TRUNCATED)
-    )
+    parts = parts_of(config, dataclasses.replace(ROWS, trained=~TRUNCATED))
     fewer = [11, 6] if denominators == [11, 16] else denominators
     assert [part.denominator for part in parts] == fewer
 
@@ -257,9 +258,10 @@ def test_a_part_is_whole_groups_and_has_its_own_denominator(new_learner, options
 def test_a_truncated_completion_has_no_gradient_and_no_tokens(new_learner, options, denominator):
     # As if its advantage were zero; but by tokens the mean is over the 17 of the rest, not all 27.
     learner = new_learner(**options)
-    adapter, base = learner.state[0], learner.base
-    [part] = learner.parts(dataclasses.replace(ROWS, trained=~TRUNCATED))
-    gradient = learner.update.gradient(adapter, base, part.batches, part.denominator)
+    adapter, base = learner.state(0)[0], learner.base
+    rows = dataclasses.replace(ROWS, trained=~TRUNCATED)
+    [part] = parts_of(learner.configs[0], rows)
+    gradient = learner.update.gradient(adapter, base, batches(rows, part.index), part.denominator)
     zeroed = dataclasses.replace(ROWS, advantages=with_zeros(ADVANTAGES, TRUNCATED))
     expected = learner.update.gradient(adapter, base, batches(zeroed), float(denominator))
     assert relative_error(*map(adapter_arrays, (gradient, expected))) < 1e-5
@@ -273,7 +275,7 @@ def test_a_rollout_without_anything_to_train_on_changes_nothing(parts, new_learn
     metrics = learner.learn(dataclasses.replace(ROWS, trained=np.zeros(8, bool)))
     assert metrics["train/grad_norm"] == metrics["train/loss"] == metrics["tokens/trained"] == 0
     assert all(math.isfinite(value) for value in metrics.values())
-    after = adapter_arrays(learner.state[0])
+    after = adapter_arrays(learner.state(0)[0])
     assert all(np.array_equal(after[key], before[key]) for key in before)
 
 
@@ -286,7 +288,7 @@ def test_a_rollout_of_empty_completions_changes_nothing(parts, new_learner, opti
     assert metrics["train/grad_norm"] == metrics["train/loss"] == metrics["tokens/trained"] == 0
     assert metrics["train/skipped_updates"] == 0
     assert all(math.isfinite(value) for value in metrics.values())
-    after = adapter_arrays(learner.state[0])
+    after = adapter_arrays(learner.state(0)[0])
     assert all(np.array_equal(after[key], before[key]) for key in before)
 
 
@@ -302,7 +304,7 @@ def test_an_empty_completion_counts_as_a_completion_without_tokens(new_learner, 
     masked = expected.learn(dataclasses.replace(ROWS, trained=~TRUNCATED))
     assert metrics["train/loss"] == pytest.approx(masked["train/loss"], rel=1e-5)
     assert metrics["tokens/trained"] == 14  # of 27 without the fifth, whose advantage is 0
-    arrays = (adapter_arrays(learner.state[0]) for learner in (found, expected))
+    arrays = (adapter_arrays(learner.state(0)[0]) for learner in (found, expected))
     assert relative_error(*arrays) < 1e-5
 
 
@@ -331,10 +333,10 @@ def test_the_base_is_the_model_with_the_adapter_off(checkpoint, new_learner):
     model = split(load_model(checkpoint("qwen3-tied", num_hidden_layers=1)))  # of rank 0
     base = jax.jit(partial(logprobs_and_entropies, *model))
     assert len(recorder.calls) == 4
-    for ([batch], _, _, [refs]), (metrics, [logprobs]) in recorder.calls:
-        ref = np.asarray(refs[0], float)  # the first of a stack
-        np.testing.assert_allclose(ref, base(batch)[0], atol=2e-5)
-        d = (ref - np.asarray(logprobs[0], float))[batch.mask > 0]
+    for ([batch], _, _, _, [ref]), (metrics, [logprobs]) in recorder.calls:
+        there = batch.mask > 0
+        np.testing.assert_allclose(ref[there], base(batch)[0][there], atol=2e-5)
+        d = (ref.astype(float) - logprobs)[there]
         assert np.abs(d).mean() > 0.1  # the policy is elsewhere
         assert float(metrics["train/kl"]) == pytest.approx((d**2 / 2).mean(), rel=1e-4)
 
@@ -356,7 +358,7 @@ def test_kl_and_entropy_pull_without_any_advantage(parts, new_learner):
     learner = new_learner(**WITH_ENTROPY)
     metrics = learner.learn(dataclasses.replace(ROWS, advantages=np.zeros(8, np.float32)))
     scale = 10 * max(1.0, metrics["train/grad_norm"])  # the norm is clipped at 1
-    gradient = jax.tree.map(lambda m: scale * m, optax.tree.get(learner.state[1], "mu"))
+    gradient = jax.tree.map(lambda m: scale * m, optax.tree.get(learner.state(0)[1], "mu"))
     [batch] = batches()
     off = jax.tree.map(jnp.zeros_like, adapter)
 
@@ -408,7 +410,7 @@ def test_a_schedule_counts_updates_and_moves_the_adapter_by_its_rate(parts, new_
     thirds = [0, 1, 2], [3, 2.75, 2.5], [2.25, 2, 1.75], [1.5, 1.25, 1], [0.75, 0.5, 0.25]
     for of_rollout in thirds:
         rates.append(learner.learn(ROWS)["train/lr"])
-        moved = place - jax.tree.leaves(learner.state[0])[0].mean()
+        moved = place - jax.tree.leaves(learner.state(0)[0])[0].mean()
         assert float(moved) == pytest.approx(0.01 * sum(of_rollout) / 3, rel=1e-3)
         place -= moved
     assert rates == pytest.approx([0.01 * first / 3 for first, *_ in thirds])
@@ -462,20 +464,21 @@ def test_the_loss_is_the_one_asked_for_with_its_options_and_no_others(fields, lo
 def test_an_update_that_is_not_finite_is_skipped_and_counted(new_learner, bad):
     """Of two updates a rollout, each on half of the completions, the second is bad."""
     learner = new_learner(updates_per_epoch=2)
-    state = jax.tree.map(jnp.copy, learner.state)  # the update eats it
+    state = jax.tree.map(jnp.copy, (learner.adapters, learner.opt_states))  # the update eats it
     advantages = np.where(np.isin(np.arange(8), HALVES[1]), np.float32(bad), ADVANTAGES)
     learner.update = recorder = Recorder(learner.update)
     metrics = learner.learn(dataclasses.replace(ROWS, advantages=advantages))
-    assert (metrics["train/skipped_updates"], learner.skipped_in_a_row) == (1, 1)
+    assert (metrics["train/skipped_updates"], learner.skipped_in_a_row) == (1, [1])
     (_, (made, _)), (_, (skipped, _)) = recorder.calls
     assert not np.isfinite(skipped["train/grad_norm"])
     assert metrics["train/loss"] == made["train/loss"]
     first = recorder.calls[0][0]
     expected = new_learner().update(*state, learner.base, *first)[:2]
-    for got, wanted in zip(*map(jax.tree.leaves, (learner.state, expected)), strict=True):
+    after = learner.adapters, learner.opt_states
+    for got, wanted in zip(*map(jax.tree.leaves, (after, expected)), strict=True):
         np.testing.assert_array_equal(got, wanted)
     learner.learn(ROWS)
-    assert learner.skipped_in_a_row == 0
+    assert learner.skipped_in_a_row == [0]
 
 
 def test_a_gradient_whose_square_would_overflow_is_clipped_like_any_other(new_learner):
@@ -487,7 +490,7 @@ def test_a_gradient_whose_square_would_overflow_is_clipped_like_any_other(new_le
         metrics = learner.learn(dataclasses.replace(ROWS, advantages=np.ldexp(ADVANTAGES, power)))
         assert metrics["train/skipped_updates"] == 0
         norms.append(metrics["train/grad_norm"])
-        adapters.append(adapter_arrays(learner.state[0]))
+        adapters.append(adapter_arrays(learner.state(0)[0]))
     assert norms[0] > 1
     assert norms[1] > 1.8e19
     assert norms[1] == pytest.approx(norms[0] * 2.0**70, rel=1e-6)
