@@ -1,0 +1,163 @@
+"""Members side by side: in company each has the gradient, the updates and the figures that it has
+alone, whatever the others are."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import OneLearner, with_random_b
+from test_learner import ADVANTAGES, ROWS, tiny_config
+
+from jgrpo.policy.adapter import adapter_arrays
+from jgrpo.policy.lora import fresh_adapter, nth, side_by_side, split, stacked_up, with_rank
+from jgrpo.policy.weights import load_model
+from jgrpo.study.compare import batches_of
+from jgrpo.update.learner import Learner
+from jgrpo.update.learner import together as in_company
+
+BASE = {"use_kl_penalty": True, "kl_to": "base"}
+MEMBERS = (
+    {},
+    {"lora_r": 4, "lora_alpha": 8, "use_clip": True, "use_token_level_loss": True},
+    {"lora_r": 16, "loss_type": "dr_grpo", "use_std_norm": False, "lr": 0.003},
+    {"loss_type": "gspo", "epochs_per_step": 2, "updates_per_epoch": 2, "use_clip": True},
+    {"loss_type": "cispo", "lr_scheduler_type": "linear", "use_importance_weights": True},
+    {"loss_type": "rloo", "epochs_per_step": 3},
+    BASE | {"beta": 0.1, "kl_estimator": "k2", "entropy_coef": 0.1},
+    {"loss_type": "sapo", "lora_r": 4},
+    {"loss_type": "dppo", "mask_truncated_completions": True},
+)
+"""Every loss, and the options that make passes of their own."""
+TARGETS = ("q_proj", "down_proj")
+
+
+def config_of(e: int):
+    return dataclasses.replace(tiny_config(), **MEMBERS[e])
+
+
+def rows_of(e: int):
+    """Other advantages for each, and for every other member other completions."""
+    cut = [c if e % 2 else [*c[::-1]][:-1] + [66] for c in ROWS.completions]
+    blank = [[-1.0 - e] * len(c) for c in cut]
+    return dataclasses.replace(
+        ROWS, completions=cut, sampler_logprobs=blank, advantages=np.roll(ADVANTAGES, e)
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(checkpoint):
+    return checkpoint("qwen3-tied", num_hidden_layers=1)
+
+
+def adapter_of(folder, e: int):
+    """A member's adapter, with B far from zero; and the model around it, whose scale is its own."""
+    c = config_of(e)
+    model = load_model(folder, rank=c.lora_r, alpha=c.lora_alpha, target_modules=TARGETS)
+    graph, adapter, base = split(model)
+    return graph, with_random_b(fresh_adapter(adapter, e), seed=e), base
+
+
+def alone(folder, e: int) -> OneLearner:
+    return OneLearner(config_of(e), *adapter_of(folder, e))
+
+
+def together(folder, members) -> Learner:
+    """These members over one base, in a graph whose scale is 1."""
+    configs = [config_of(e) for e in members]
+    rank = max(c.lora_r for c in configs)
+    graph, _, base = split(load_model(folder, rank=rank, alpha=rank, target_modules=TARGETS))
+    adapters = [with_rank(adapter_of(folder, e)[1], rank) for e in members]
+    scales = [c.lora_alpha / c.lora_r for c in configs]
+    return Learner(configs, graph, stacked_up(adapters), base, scales=scales)
+
+
+def relative_error(got, expected) -> float:
+    norm = np.linalg.norm
+    return max(norm(got[k] - expected[k]) / max(norm(expected[k]), 1e-12) for k in expected)
+
+
+@pytest.mark.slow
+def test_in_company_each_member_learns_what_it_learns_alone(folder):
+    """Nine losses, ranks 1, 4 and 16, one to four updates, micro-batches of all of them: figures of
+    the first rollout, and the adapter after two."""
+    members = range(len(MEMBERS))
+    company = together(folder, members)
+    found = [company.learn({e: rows_of(e) for e in members}) for _ in range(2)]
+    for e in members:
+        lone = alone(folder, e)
+        before = adapter_arrays(lone.state(0)[0])
+        expected = [lone.learn(rows_of(e)) for _ in range(2)]
+        for tag in expected[0].keys() - {"train/compilations"}:
+            assert found[0][e][tag] == pytest.approx(expected[0][tag], rel=2e-4, abs=1e-6), (e, tag)
+        assert found[0][e].keys() == expected[0].keys()
+        moved, wanted = (
+            {k: v - before[k] for k, v in adapter_arrays(learner.state(i)[0]).items()}
+            for learner, i in ((company, e), (lone, 0))
+        )
+        assert relative_error(moved, wanted) < 2e-3, e  # Adam's first steps are signs
+        np.testing.assert_allclose(company.logprobs[e], lone.logprobs[0], atol=2e-5)
+
+
+def test_gradients_in_company_are_those_alone(folder):
+    """To 1e-5, for three losses of ranks 1, 4 and 16, in the same micro-batches; what fills up a
+    smaller rank has a gradient of zero."""
+    members = (0, 1, 2)
+    company = together(folder, members)
+    rows = {e: rows_of(e) for e in members}
+    rollout = in_company(rows)
+    batches = batches_of(rollout, np.arange(len(rollout.completions)), config_of(0))
+    assert any(len({*batch.members.tolist()}) > 1 for batch in batches)
+    total, _ = company.update._sum(company.adapters, company.base, batches, None, None)
+    for e in members:
+        lone, rank = alone(folder, e), config_of(e).lora_r
+        own = batches_of(rows[e], np.arange(8), config_of(e))
+        expected = lone.update.gradient(lone.state(0)[0], lone.base, own, 1.0)
+        got = nth(total.gradient, e)
+        assert relative_error(*map(adapter_arrays, (with_rank(got, rank), expected))) < 1e-5
+        only_own = with_rank(with_rank(got, rank), 16)
+        for a, b in zip(*map(jax.tree.leaves, (got, only_own)), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_two_members_of_one_config_stay_equal_and_another_s_overflow_is_its_own(folder):
+    """Members 0 and 2 are the same; member 1's rewards are not finite, in both steps."""
+    configs = [config_of(0)] * 3
+    graph, adapter, base = adapter_of(folder, 0)
+    company = Learner(configs, graph, stacked_up([adapter] * 3), base)
+    bad = dataclasses.replace(rows_of(0), advantages=np.full(8, np.inf, np.float32))
+    for n in (1, 2):
+        metrics = company.learn({0: rows_of(0), 1: bad, 2: rows_of(0)})
+        assert [m["train/skipped_updates"] for m in metrics.values()] == [0, 1, 0]
+        assert company.skipped_in_a_row == [0, n, 0]
+    lone = OneLearner(config_of(0), graph, adapter, base)
+    for _ in range(2):
+        lone.learn(rows_of(0))
+    first, second, third = (adapter_arrays(company.state(e)[0]) for e in range(3))
+    assert relative_error(third, first) < 1e-6
+    assert relative_error(second, adapter_arrays(adapter)) == 0
+    assert relative_error(first, adapter_arrays(lone.state(0)[0])) < 1e-3
+
+
+def test_a_member_that_takes_no_part_stays_as_it_is(folder):
+    company = together(folder, (0, 1))
+    before = jax.tree.map(np.asarray, company.state(1))
+    metrics = company.learn({0: rows_of(0)})
+    assert metrics.keys() == {0}
+    for a, b in zip(*map(jax.tree.leaves, (company.state(1), before)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_side_by_side_keeps_one_alone_as_it_is_and_scales_each(folder):
+    _, adapter, _ = adapter_of(folder, 1)
+    assert all(
+        a is b
+        for a, b in zip(
+            *map(jax.tree.leaves, (side_by_side(adapter, (3.0,)), adapter)), strict=True
+        )
+    )
+    both = side_by_side(stacked_up([adapter, jax.tree.map(jnp.zeros_like, adapter)]), (3.0, 1.0))
+    wide = with_rank(adapter, 8)
+    tripled = jax.tree.leaves(wide)[1] * 3
+    np.testing.assert_allclose(jax.tree.leaves(both)[1], tripled)
