@@ -108,6 +108,9 @@ class Serve(Command):
 
     print: bool = False
     """Show the command and stop."""
+    max_loras: int = 1
+    """Adapters that are sampled at once: as many as `train` has runs side by side. --lora_r is the
+    largest rank among them."""
     devices: str = ""
     """Start a server on each of these (0,1,2,3): ports upwards from the first vllm_url's, all ended
     together, one that dies started again; the --vllm_url for the trainer is printed."""

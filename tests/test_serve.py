@@ -66,7 +66,7 @@ def config_file(tmp_path):
 
 
 def test_print_shows_a_line_for_a_shell_and_starts_nothing(config_file, monkeypatch, capsys):
-    monkeypatch.setattr(serve, "runs_on_cpu", lambda: False)
+    monkeypatch.setattr(serve, "runs_on_cpu", lambda **_: False)
     monkeypatch.setattr(serve.os, "execvpe", lambda *_: pytest.fail("started"))
     serve.main(["--config", config_file, "--print", "--", "--port", "82"])
     words = shlex.split(capsys.readouterr().out)
@@ -74,9 +74,30 @@ def test_print_shows_a_line_for_a_shell_and_starts_nothing(config_file, monkeypa
     assert words[-2:] == ["--port", "82"]  # after ours, so that it wins
 
 
+def test_print_needs_no_vllm_and_shows_the_gpu_s_command(config_file, monkeypatch, capsys):
+    def version(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    serve.main(["--config", config_file, "--print"])
+    assert "--enforce-eager" not in capsys.readouterr().out
+
+
+def test_with_several_adapters_there_is_room_for_a_step_s_and_the_next_one_s(
+    config_file, monkeypatch, capsys
+):
+    monkeypatch.setattr(serve, "runs_on_cpu", lambda **_: False)
+    serve.main(["--config", config_file, "--max_loras", "6", "--lora_r", "4", "--print"])
+    words = shlex.split(capsys.readouterr().out)
+    names = ("--max-loras", "--max-cpu-loras", "--max-lora-rank")
+    assert [option(words, name) for name in names] == ["6", "12", "8"]
+    with pytest.raises(InputError, match="--max_loras 0"):
+        serve.main(["--config", config_file, "--max_loras", "0"])
+
+
 def test_the_process_becomes_the_server(config_file, monkeypatch):
     started = []
-    monkeypatch.setattr(serve, "runs_on_cpu", lambda: True)
+    monkeypatch.setattr(serve, "runs_on_cpu", lambda **_: True)
     monkeypatch.setattr(serve.os, "execvpe", lambda *args: started.append(args))
     serve.main(["--config", config_file])
     [(program, words, env)] = started
@@ -87,7 +108,7 @@ def test_the_process_becomes_the_server(config_file, monkeypatch):
 
 
 def test_a_server_a_device_has_the_ports_upwards_from_the_first(config_file, monkeypatch, capsys):
-    monkeypatch.setattr(serve, "runs_on_cpu", lambda: False)
+    monkeypatch.setattr(serve, "runs_on_cpu", lambda **_: False)
     words = ["--config", config_file, "--devices", "0, 3", "--print", "--", "--seed", "5"]
     serve.main(words)
     lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
@@ -97,7 +118,7 @@ def test_a_server_a_device_has_the_ports_upwards_from_the_first(config_file, mon
 
 
 def test_urls_are_one_a_device_where_there_are_as_many(config_file, monkeypatch, capsys):
-    monkeypatch.setattr(serve, "runs_on_cpu", lambda: False)
+    monkeypatch.setattr(serve, "runs_on_cpu", lambda **_: False)
     urls = "http://a:9,http://[::1]:7"
     serve.main(["--config", config_file, "--vllm_url", urls, "--devices", "0,1", "--print"])
     lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
@@ -119,7 +140,7 @@ def test_urls_are_one_a_device_where_there_are_as_many(config_file, monkeypatch,
     ],
 )
 def test_what_a_fleet_cannot_be_is_said(words, message, config_file, monkeypatch):
-    monkeypatch.setattr(serve, "runs_on_cpu", lambda: False)
+    monkeypatch.setattr(serve, "runs_on_cpu", lambda **_: False)
     monkeypatch.setattr(serve.os, "execvpe", lambda *_: pytest.fail("started"))
     monkeypatch.setattr(serve, "keep_running", lambda *_: pytest.fail("started"))
     with pytest.raises(InputError, match=f"(?s){message}"):

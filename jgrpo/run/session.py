@@ -23,7 +23,7 @@ from jgrpo.config import PROJECTIONS, Config
 from jgrpo.errors import InputError, printable, short
 from jgrpo.members import check_together
 from jgrpo.policy import adapter as adapters
-from jgrpo.policy.lora import fresh_adapter, nth, split, stacked_up, with_rank
+from jgrpo.policy.lora import fresh_adapter, nth, rank_of, split, stacked_up, with_rank
 from jgrpo.policy.model import ModelConfig
 from jgrpo.policy.weights import (
     abstract_model,
@@ -350,9 +350,9 @@ def open_sampler(
             max_tokens=config.max_tokens,
             max_rows=sampled_at_once(config, policy, free_memory()),
         )
-    flags = {"model_id": config.model_id, "lora_r": config.lora_r, "dtype": config.dtype,
+    flags = {"model_id": config.model_id, "lora_r": rank_of(policy.adapter), "dtype": config.dtype,
              "max_prompt_tokens": config.max_prompt_tokens, "max_tokens": config.max_tokens,
-             "vllm_url": config.vllm_urls[0]}  # fmt: skip
+             "vllm_url": config.vllm_urls[0], "max_loras": len(policy.scales)}  # fmt: skip
     words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
     return VllmSampler(
         config.vllm_urls,

@@ -327,6 +327,31 @@ def test_an_adapter_that_a_dying_engine_refuses_is_loaded_once_the_engine_is_wel
     assert list(fake.adapters.values()) == [str(tmp_path)]
 
 
+def test_each_request_names_its_member_s_adapter_also_after_a_restart(url, fake, tmp_path, caplog):
+    """Three are loaded, the three before go; a server that loses them gets all again."""
+    folders = [tmp_path / f"member_{e}" for e in range(3)]
+    sampler = sampler_at(url)
+    for n_lost in (0, 0, 5):
+        sampler.load(*folders)
+        assert sorted(fake.adapters.values()) == sorted(map(str, folders))
+        before = len(fake.calls)
+        if n_lost:
+            restart_at(fake, n_lost)
+        members = [0, 1, 2, 2, 1, 0, 0, 1]
+        prompts = [[10 + p] for p in range(8)]
+        groups = sampler.sample(prompts, seeds=range(8), members=members, group_size=2)
+        assert [g[0].token_ids[0] for g in groups] == [10 + p for p in range(8)]
+        used: dict[int, set[str]] = {}
+        for path, body in fake.calls[before:]:
+            if path == COMPLETIONS and body["model"] in fake.adapters:
+                used.setdefault(members[body["prompt"][0] - 10], set()).add(body["model"])
+        for e, names in used.items():
+            assert {fake.adapters[name] for name in names} == {str(folders[e])}
+    assert "lost our adapter" in caplog.text
+    sampler.close()
+    assert fake.adapters == {}
+
+
 def test_leftovers_of_a_crashed_run_are_removed_at_start_and_foreign_adapters_kept(
     url, fake, caplog
 ):

@@ -92,6 +92,20 @@ def test_a_sampler_that_ignores_the_adapter_is_caught(parts, tmp_path, monkeypat
         check_sampler([config], policy, fresh, problems, [tmp_path / "probe"])
 
 
+def test_a_sampler_that_mixes_two_members_up_is_caught(root, tmp_path, monkeypatch):
+    """They have one config, and a probe adapter each."""
+    configs = [tiny_config(root)] * 2
+    policy, problems = open_policies(configs), open_problems(configs[0])
+    sampler = open_sampler(configs[0], policy, problems.stop_token_ids, "t")
+    folders = [tmp_path / name for name in ("first", "second")]
+    gaps = check_sampler(configs, policy, sampler, problems, folders)
+    assert gaps["probe/gap_max"] < 1e-4
+    real = JaxSampler.load
+    monkeypatch.setattr(JaxSampler, "load", lambda self, *folders: real(self, *folders[::-1]))
+    with pytest.raises(RunError, match=r"member 0: the sampler does not follow the adapter"):
+        check_sampler(configs, policy, sampler, problems, folders)
+
+
 def test_a_sampler_that_forgets_to_divide_by_the_rank_is_caught(parts, tmp_path, monkeypatch):
     edit(monkeypatch, lambda key, x: x * 2 if "lora_B" in key else x)
     with pytest.raises(RunError, match="sampler"):
