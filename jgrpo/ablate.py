@@ -151,12 +151,12 @@ def variant_on_rollouts(variant: Variant, config: Config) -> Config:
 def as_runs(command: cli.AblateRuns, console: Console) -> Path:
     """Train what is not done yet, then report -> the folder of the report."""
     from jgrpo.study import report, sweep
-    from jgrpo.train import train
+    from jgrpo.train import train_together
 
     if command.config is None:
         raise InputError("--config FILE is needed: variants are the files beside it")
-    if command.jobs < 1 or not command.seeds:
-        raise InputError("--jobs must be 1 or more, and there must be a seed")
+    if min(command.jobs, command.together) < 1 or not command.seeds:
+        raise InputError("--jobs and --together must be 1 or more, and there must be a seed")
     names = with_references(asked := command.variants or STUDY)
     variants = read_variants(names, command.config.parent)
     if added := names[: len(names) - len(asked)]:
@@ -165,7 +165,7 @@ def as_runs(command: cli.AblateRuns, console: Console) -> Path:
     words = shlex.join(["python", "-m", "jgrpo.ablate", *sys.argv[1:]])
     sweep.write_manifest(command.out, command.options, variants, words)
     start_s = time.monotonic()
-    sweep.run_all(jobs, train, command.jobs, console)
+    sweep.run_all(jobs, train_together, command.jobs, console, command.together)
     console.print(f"{(time.monotonic() - start_s) / 60:.1f} minutes")
     results: report.Results = {
         v.name: {j.seed: report.read_run(j.folder) for j in jobs if j.variant == v.name}

@@ -129,7 +129,11 @@ class AblateRuns(Command):
     out: Path = Path("ablations/study")
     """Folder of the runs and the report."""
     jobs: int = 1
-    """Runs at a time; the cores are shared among them."""
+    """Processes at a time; the cores are shared among them."""
+    together: int = 1
+    """Runs that one process trains side by side over one base, where they share what they must
+    (all but the loss, the rewards, rank, learning rate and seed). Sums are then in another order
+    than alone, so that rows differ by rounding."""
     margin: float = 0.02
     """Gain in accuracy (a fraction) below which a row counts as no gain."""
 

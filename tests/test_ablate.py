@@ -229,6 +229,40 @@ def test_the_same_command_again_trains_nothing(swept, root):
 
 
 @pytest.mark.slow
+def test_side_by_side_a_sweep_has_the_same_runs(swept, root):
+    """Eight runs in two groups; those that the other sweep has too sampled the same."""
+    args = ("--variants", "clip", "token_level", "lora_r=2", "--together", "4")
+    asked = dataclasses.replace(command(root, *args), out=root / "side")
+    console = Console(file=io.StringIO(), width=200)
+    as_runs(asked, console)
+    assert "8 runs in 2 groups side by side" in console.file.getvalue()
+    assert len(list((root / "side").glob("*/*/metrics.jsonl"))) == 8
+    assert len(list((root / "side").glob("*/*.log"))) == 2
+    for variant in ("rank1", "clip", "token_level"):
+        for seed in (0, 1):
+            ours, theirs = (
+                read_metrics(folder / variant / f"seed_{seed}") for folder in (root / "side", swept)
+            )
+            for a, b in zip(ours, theirs, strict=True):
+                assert a.get("train/accuracy") == b.get("train/accuracy")
+                assert a.get("train/loss") == pytest.approx(b.get("train/loss"), abs=1e-5)
+
+
+def test_runs_that_must_not_be_side_by_side_are_in_groups_of_their_own(root, tmp_path):
+    base = command(root).options
+    changes = ({}, {"lora_r": 4}, {"group_size": 4}, {"lr": 1e-4}, {"max_tokens": 5}, {"seed": 9})
+    jobs = [
+        sweep.Job(str(i), 0, dataclasses.replace(base, run_dir=str(tmp_path / str(i)), **own))
+        for i, own in enumerate(changes)
+    ]
+    names = lambda most: [[j.variant for j in g] for g in sweep.groups_of(jobs, most)]  # noqa: E731
+    assert names(9) == [["0", "1", "3", "5"], ["2"], ["4"]]
+    assert names(3) == [["0", "1", "3"], ["5"], ["2"], ["4"]]
+    (tmp_path / "3" / "checkpoints" / "000004").mkdir(parents=True)
+    assert names(9) == [["0", "1", "5"], ["2"], ["3"], ["4"]]
+
+
+@pytest.mark.slow
 def test_a_folder_of_another_config_is_refused(swept, root):
     with pytest.raises(InputError, match=r"seed_0 is of a run with another lr; .*--out"):
         as_runs(command(root, "--variants", "rank1", "--lr", "0.5"), quiet())

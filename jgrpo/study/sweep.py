@@ -1,7 +1,8 @@
 """Variants x seeds as runs: one folder each, several at a time, done ones left alone.
 
-A worker is a process that imports once and then trains one run after another; each has its share
-of the cores. Ctrl-C or a crash loses nothing that is done: the same command goes on.
+A worker is a process that imports once and then trains one run after another, or one group of runs
+side by side (`members`); each has its share of the cores. Ctrl-C or a crash loses nothing that is
+done: the same command goes on.
 """
 
 import contextlib
@@ -11,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,12 @@ from rich.progress import (
 
 from jgrpo.config import Config
 from jgrpo.errors import InputError, RunError, printable
+from jgrpo.members import OWN
 from jgrpo.run.rundir import jsonable, read_config, read_metrics, write_whole
 from jgrpo.study.variants import Variant
 
-Train = Callable[[Config, Path | None], object]
-"""train.train: run a config in its run_dir, or go on with the folder."""
+Train = Callable[[Sequence[Config], Sequence[Path | None]], object]
+"""train.train_together: run configs in their run_dirs, or go on with the folders."""
 
 
 @dataclass(frozen=True)
@@ -85,12 +87,38 @@ def _check_same(folder: Path, config: Config) -> None:
         )
 
 
-def run_all(jobs: Sequence[Job], train: Train, n_workers: int, console: Console) -> None:
-    """Train what is not done. RunError, after all others have ended, if a run failed."""
+def groups_of(jobs: Sequence[Job], most: int) -> list[list[Job]]:
+    """Runs that can be trained side by side, `most` at a time: they share what members must, and
+    are as far."""
+    alike: dict[tuple, list[Job]] = {}
+    for job in jobs:
+        shared = [getattr(job.config, f.name) for f in fields(Config) if f.name not in OWN]
+        alike.setdefault((*shared, _last_checkpoint(job.folder)), []).append(job)
+    return [
+        group[start : start + most]
+        for group in alike.values()
+        for start in range(0, len(group), most)
+    ]
+
+
+def _last_checkpoint(folder: Path) -> str:
+    """Its name; empty where the run has none."""
+    names = (f.name for f in (folder / "checkpoints").glob("*") if f.name.isdecimal())
+    return max(names, default="")
+
+
+def run_all(
+    jobs: Sequence[Job], train: Train, n_workers: int, console: Console, together: int = 1
+) -> None:
+    """Train what is not done, so many runs together. RunError, after all others have ended, if a
+    run failed."""
     left = [job for job in jobs if not job.done]
     console.print(f"{len(jobs)} runs, {len(jobs) - len(left)} of them done already")
     if not left:
         return
+    groups = groups_of(left, together)
+    if together > 1:
+        console.print(f"{len(left)} runs in {len(groups)} groups side by side")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
                TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())  # fmt: skip
     failed: dict[str, str] = {}
@@ -101,14 +129,16 @@ def run_all(jobs: Sequence[Job], train: Train, n_workers: int, console: Console)
         ProcessPoolExecutor(n_workers, context, _start_worker, (workers, n_workers)) as pool,
     ):
         task = bar.add_task("runs", total=len(left))
-        futures = {pool.submit(_run, train, job): job for job in left}
+        futures = {pool.submit(_run, train, group): group for group in groups}
         try:
             for future in as_completed(futures):
-                job = futures[future]
-                if problem := future.result():
+                group, problem = futures[future], future.result()
+                for job in group if problem else ():
+                    if job.done:  # beside one that failed
+                        continue
                     failed[f"{job.variant}, seed {job.seed}"] = problem
                     bar.console.print(printable(f"failed: {job.folder}: {problem}"), markup=False)
-                bar.advance(task)
+                bar.advance(task, len(group))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -128,28 +158,25 @@ def _start_worker(counter: Any, n_workers: int) -> None:
         os.sched_setaffinity(0, mine or cores)
 
 
-def _run(train: Train, job: Job) -> str:
-    """Train one run, its output in a log beside its folder -> what went wrong, or nothing."""
-    job.folder.parent.mkdir(parents=True, exist_ok=True)
-    resume = _resumable(job.folder)
+def _run(train: Train, group: Sequence[Job]) -> str:
+    """Train the runs of a group, their output in a log beside the first one's folder -> what went
+    wrong, or nothing."""
+    for job in group:
+        job.folder.parent.mkdir(parents=True, exist_ok=True)
+    begun = [job.folder if (job.folder / "config.json").is_file() else None for job in group]
     with (
-        job.folder.with_suffix(".log").open("a") as log,
+        group[0].folder.with_suffix(".log").open("a") as log,
         contextlib.redirect_stdout(log),
         contextlib.redirect_stderr(log),
     ):
         try:
-            train(job.config, resume)
+            train([job.config for job in group], begun)
         except (InputError, RunError) as error:
             print(f"error: {error}", file=sys.stderr)
             return str(error)
         except KeyboardInterrupt:
             return "interrupted"
     return ""
-
-
-def _resumable(folder: Path) -> Path | None:
-    """The folder, if a run has begun in it."""
-    return folder if (folder / "config.json").is_file() else None
 
 
 def write_manifest(out: Path, base: Config, variants: Sequence[Variant], command: str) -> None:
