@@ -159,8 +159,9 @@ def parse(kind: type[C], argv: Sequence[str] | None = None, *, name: str = "") -
     except argparse.ArgumentError:
         nothing = dict.fromkeys(("config", "resume", "run", "adapter"))
         given = argparse.Namespace(**nothing)  # tyro says what is wrong
-    if [] in (given.config, given.resume):
-        raise InputError(f"--{'config' if given.config == [] else 'resume'}: of what? Name it")
+    for name in ("config", "resume"):
+        if getattr(given, name) == []:
+            raise InputError(f"--{name}: Missing value; give a file, a name or a run folder")
     configs = [Config()]
     if given.resume and kind is Train:
         if given.config:
