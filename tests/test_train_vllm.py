@@ -39,9 +39,10 @@ from jgrpo import train as train_module
 from jgrpo.config import Config
 from jgrpo.errors import RunError
 from jgrpo.rollout.server import Server
+from jgrpo.rollout.vllm import VllmSampler
 from jgrpo.run.checkpoint import Checkpoints
 from jgrpo.run.rundir import read_metrics
-from jgrpo.train import train
+from jgrpo.train import train, train_together
 
 pytestmark = [
     pytest.mark.usefixtures("shared_compilation_cache"),
@@ -385,3 +386,36 @@ def test_two_steps_on_real_problems(name, qwen, qwen_url):
         assert "\\boxed{}" in row["prompt"]
         assert row["gold"]
     assert [row["eval/total"] for row in read_metrics(run) if "eval/total" in row] == [4.0, 4.0]
+
+
+# -- several runs through one server ----------------------------------------------------------
+
+
+def test_members_through_one_server_each_sample_from_their_own_adapter(
+    config, tmp_path, monkeypatch
+):
+    """Ranks 1 and 4, another loss, another seed; a server that would mix two up is found."""
+    plain = dataclasses.replace(config, base_dir=str(tmp_path / "runs"), n_grpo_steps=2)
+    loras = ["--max-loras", "3", "--max-cpu-loras", "6"]
+    with vllm_server(
+        Path(config.model_id), tmp_path / "server.log", lora_r=4, max_tokens=config.max_tokens,
+        max_prompt_tokens=config.max_prompt_tokens, extra=loras,
+    ) as address:  # fmt: skip
+        plain = dataclasses.replace(plain, vllm_url=address)
+        members = [
+            plain,
+            dataclasses.replace(plain, lora_r=4, seed=7),
+            dataclasses.replace(plain, loss_type="dr_grpo", use_std_norm=False),
+        ]
+        for run in train_together(members):
+            check_files(run, 2)
+            for row in steps_of(run):
+                assert 0 < row["sampler/logprob_diff_max"] < 1e-3
+        assert adapters_on(address) == []
+        real = VllmSampler.load
+        monkeypatch.setattr(
+            VllmSampler, "load", lambda self, *folders: real(self, *folders[1:], folders[0])
+        )
+        same_rank = [members[0], members[2], dataclasses.replace(plain, seed=9)]
+        with pytest.raises(RunError, match="member 0: the sampler does not follow the adapter"):
+            train_together(same_rank)
