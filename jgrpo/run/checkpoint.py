@@ -96,8 +96,8 @@ class Checkpoints:
         """Remove what a killed run left: half-written ones, old ones that were to go, and those
         after step `last`, which come again."""
         self._remove_unfinished()
-        up_to = [step for step in self.steps() if step <= last]
-        old = {step for step in up_to[: -self._keep] if step % (self._keep_period or step + 1)}
+        period, kept = self._keep_period, [step for step in self.steps() if step <= last]
+        old = {step for step in kept[: -self._keep] if not period or step % period}
         for step in self.steps():
             if step in old or step > last:
                 shutil.rmtree(self.folder / f"{step:06d}")  # it may be half removed already

@@ -125,7 +125,7 @@ def test_every_nth_is_kept_beside_the_last_ones(tmp_path):
     opened.close()
     assert names(tmp_path) == ["000000", "000004", "000008", "000010"]
     again = Checkpoints(tmp_path, keep=1)  # a resume may ask for fewer
-    again.tidy()
+    again.tidy(10)
     assert names(tmp_path) == ["000010"]
     again.close()
 
@@ -138,9 +138,12 @@ def test_what_a_kill_left_is_removed(checkpoints, tmp_path):
     (folder / "000008.orbax-checkpoint-tmp" / "default").mkdir(parents=True)  # half written
     again = Checkpoints(tmp_path)
     assert len(names(tmp_path)) == 4  # it may be a reader, beside a run that is at work
-    again.tidy()
+    again.tidy(6)
     assert names(tmp_path) == ["000004", "000006"]
     assert again.steps() == [4, 6]
+    again.tidy(4)  # step 6 comes again
+    assert names(tmp_path) == ["000004"]
+    assert again.steps() == [4]
     again.close()
 
 
