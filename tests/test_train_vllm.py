@@ -254,18 +254,19 @@ def kill_in_step(step: int, url: str, monkeypatch) -> threading.Event:
     real, killed, port = Server.complete, threading.Event(), urlsplit(url).port
     alone = asyncio.Lock()
 
-    async def complete(self, client, body, adapter):
-        sampled = adapter.path.endswith(f"step_{step - 1:06d}") and body["temperature"] > 0
+    async def complete(self, client, body, policies, member):
+        [path] = policies.paths
+        sampled = path.endswith(f"step_{step - 1:06d}") and body["temperature"] > 0
         if sampled and self.url == url and not killed.is_set():
             async with alone:
                 if not killed.is_set():
-                    completions = await real(self, client, body, adapter)
+                    completions = await real(self, client, body, policies, member)
                     for c in psutil.net_connections("tcp"):
                         if c.laddr.port == port and c.status == psutil.CONN_LISTEN and c.pid:
                             os.kill(c.pid, signal.SIGKILL)
                     killed.set()
                     return completions
-        return await real(self, client, body, adapter)
+        return await real(self, client, body, policies, member)
 
     monkeypatch.setattr(Server, "complete", complete)
     return killed
