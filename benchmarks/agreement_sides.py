@@ -28,9 +28,9 @@ from jgrpo.policy import adapter as adapters
 from jgrpo.policy.batch import Rows
 from jgrpo.policy.lora import stacked_up
 from jgrpo.run.session import Policy, open_policy
-from jgrpo.study.compare import batches_of, saved_rows
+from jgrpo.study.compare import saved_rows
 from jgrpo.train import train
-from jgrpo.update.learner import Learner, needs_ref, parts_of
+from jgrpo.update.learner import Learner, batches_of, needs_ref, parts_of
 
 TINY = Path(__file__).parents[1] / "configs" / "tiny.py"
 TINY_RUN = {
@@ -166,7 +166,7 @@ class Ours:
         policy, base = self.adapter(self.setting.policy), self.model.base
         learner = Learner([config], self.model.graph, stacked_up([policy]), base)
         update, [part] = learner.update, parts_of(config, rows)
-        batches, given = batches_of(rows, part.index, config), np.array([part.denominator])
+        batches, given = batches_of(config, rows, part.index), np.array([part.denominator])
         old = ref = None
         if config.updates_per_rollout > 1:
             old = update.logprobs(self.adapter(self.setting.old), base, batches)

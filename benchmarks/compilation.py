@@ -41,8 +41,8 @@ def compile_all(cache: str, n_rollouts: int) -> dict[str, tuple[int, float]]:
     from jgrpo.policy.lora import stacked_up
     from jgrpo.rollout.embedded import JaxSampler
     from jgrpo.run.session import configure_jax
-    from jgrpo.study.compare import batches_of, saved_rows
-    from jgrpo.update.learner import Learner, parts_of
+    from jgrpo.study.compare import saved_rows
+    from jgrpo.update.learner import Learner, batches_of, parts_of
     from jgrpo.update.step import _stacked
 
     configure_jax()
@@ -67,7 +67,7 @@ def compile_all(cache: str, n_rollouts: int) -> dict[str, tuple[int, float]]:
         )  # fmt: skip
         rows = saved_rows(config, lines)
         for part in parts_of(config, rows):
-            batches = batches_of(rows, part.index, config)
+            batches = batches_of(config, rows, part.index)
             found |= {str(jax.tree.map(jax.numpy.shape, batch)): batch for batch in batches}
     jax.block_until_ready(jax.tree.leaves(base))
     start = len(spent)

@@ -156,7 +156,7 @@ def as_runs(command: cli.AblateRuns, console: Console) -> Path:
     if command.config is None:
         raise InputError("--config FILE is needed: variants are the files beside it")
     if min(command.jobs, command.together) < 1 or not command.seeds:
-        raise InputError("--jobs and --together must be 1 or more, and there must be a seed")
+        raise InputError("--jobs must be 1 or more, as --together, and there must be a seed")
     names = with_references(asked := command.variants or STUDY)
     variants = read_variants(names, command.config.parent)
     if added := names[: len(names) - len(asked)]:

@@ -6,6 +6,7 @@ one. Each is a Config of its own.
 
 from collections.abc import Sequence
 from dataclasses import fields
+from typing import Any
 
 from jgrpo.config import Config
 from jgrpo.errors import InputError
@@ -34,15 +35,15 @@ problems, prompts and group size of a step; lengths, temperature, steps, evaluat
 """
 
 
+def shared_options(config: Config) -> dict[str, Any]:
+    """What a config says of all that members share, in the order of config.py."""
+    return {f.name: getattr(config, f.name) for f in fields(Config) if f.name not in OWN}
+
+
 def differing(configs: Sequence[Config]) -> list[str]:
-    """The options that members must share and do not, in the order of config.py."""
-    first = configs[0]
-    return [
-        field.name
-        for field in fields(Config)
-        if field.name not in OWN
-        and any(getattr(c, field.name) != getattr(first, field.name) for c in configs)
-    ]
+    """The options that members must share and do not."""
+    first, *others = map(shared_options, configs)
+    return [name for name, value in first.items() if any(c[name] != value for c in others)]
 
 
 def check_together(configs: Sequence[Config]) -> None:

@@ -114,9 +114,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     made: Command = partial(command, cpu=cpu, max_loras=asked.max_loras)
     ours = environment(os.environ, cpu=cpu)
     if asked.devices:
-        start_fleet(made, ours, options, devices_of(asked.devices), extra, show=asked.print)
+        fleet = members(made, options, devices_of(asked.devices), extra)
+        start_fleet(fleet, ours, show=asked.print)
     else:
-        start(made, ours, options, extra, show=asked.print)
+        start([*made(options), *extra], ours, show=asked.print)
 
 
 def refuse_data_parallel(extra: Sequence[str]) -> None:
@@ -160,17 +161,8 @@ def members(
     ]
 
 
-def start_fleet(
-    made: Command,
-    ours: Mapping[str, str],
-    config: Config,
-    devices: Sequence[str],
-    extra: Sequence[str],
-    *,
-    show: bool = False,
-) -> None:
+def start_fleet(fleet: Sequence[Member], ours: Mapping[str, str], *, show: bool) -> None:
     """Run a server on each device until Ctrl-C, or print their commands."""
-    fleet = members(made, config, devices, extra)
     for member in fleet:
         own = {**ours, "CUDA_VISIBLE_DEVICES": member.device}
         line = shlex.join(["env", *(f"{k}={v}" for k, v in own.items()), *member.command])
@@ -185,16 +177,8 @@ def start_fleet(
     keep_running(fleet, {**os.environ, **ours}, ready)
 
 
-def start(
-    made: Command,
-    ours: Mapping[str, str],
-    config: Config,
-    extra: Sequence[str] = (),
-    *,
-    show: bool = False,
-) -> None:
+def start(words: list[str], ours: Mapping[str, str], *, show: bool) -> None:
     """Become the server (os.execvpe: Ctrl-C and signals reach vLLM), or print the command."""
-    words = [*made(config), *extra]
     line = shlex.join(["env", *(f"{name}={value}" for name, value in ours.items()), *words])
     if show:
         print(line)

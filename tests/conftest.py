@@ -31,6 +31,7 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
+from tiny_run import write_base, write_problems
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 import jgrpo
@@ -272,6 +273,15 @@ def rows() -> Rows:
     advantages = np.array([0.7, -0.7, 1.3, 0.0, -0.9], np.float32)
     logprobs = [[-1.0] * len(c) for c in completions]
     return Rows(prompts, completions, logprobs, advantages)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A folder with a base and problems to train on (tiny_run.py), a module's own."""
+    folder = tmp_path_factory.mktemp("root")
+    write_base(folder / "base")
+    write_problems(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")

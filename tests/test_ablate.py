@@ -27,7 +27,7 @@ from jgrpo.run.session import open_policy
 from jgrpo.study import compare, report, sweep
 from jgrpo.study.variants import read_variants
 from jgrpo.train import train
-from jgrpo.update.learner import Learner, loss_of, parts_of, update_of
+from jgrpo.update.learner import Learner, batches_of, loss_of, parts_of, update_of
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 NAMES = ("rank1", "no_std_norm", "clip", "token_level", "dr_grpo", "gspo", "cispo", "rloo",
@@ -76,8 +76,8 @@ def gradients_of(run: Path, policy_step: int) -> tuple[compare.Comparison, dict]
     found, (configs, rows, policy, old) = compared(run, policy_step)
     expected = {}
     for (name, c), own in zip(configs.items(), rows, strict=True):
-        update, [part] = update_of([c], policy.graph, 16), parts_of(c, own)
-        batches = compare.batches_of(own, part.index, c)
+        update, [part] = update_of([c], policy.graph, policy.adapter, policy.base), parts_of(c, own)
+        batches = batches_of(c, own, part.index)
         old_logprobs = update.logprobs(old, policy.base, batches)
         total, _ = update._sum(policy.adapter, policy.base, batches, old_logprobs, None)
         loss = float(total.metrics["loss"][0] / part.denominator)

@@ -13,9 +13,7 @@ from tiny_run import (
     final_adapter,
     same_bits,
     tiny_config,
-    write_base,
     write_config_file,
-    write_problems,
 )
 
 from jgrpo import cli
@@ -27,14 +25,6 @@ from jgrpo.run.rundir import read_metrics
 from jgrpo.train import train, train_together
 
 pytestmark = pytest.mark.usefixtures("shared_compilation_cache")
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("members")
-    write_base(folder / "base")
-    write_problems(folder)
-    return folder
 
 
 def configs(root) -> list[Config]:

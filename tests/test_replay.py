@@ -13,8 +13,6 @@ from tiny_run import (
     final_adapter,
     same_bits,
     tiny_config,
-    write_base,
-    write_problems,
 )
 
 from jgrpo import replay as module
@@ -24,14 +22,6 @@ from jgrpo.run.rundir import read_metrics
 from jgrpo.train import train
 
 pytestmark = pytest.mark.usefixtures("shared_compilation_cache")
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("replay")
-    write_base(folder / "base")
-    write_problems(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

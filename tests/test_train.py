@@ -24,7 +24,6 @@ from tiny_run import (
     read_lines,
     same_bits,
     tiny_config,
-    write_base,
     write_config_file,
     write_problems,
 )
@@ -50,14 +49,6 @@ ROLLOUT_FIELDS = {
 }  # fmt: skip
 
 pytestmark = pytest.mark.usefixtures("shared_compilation_cache")
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("train")
-    write_base(folder / "base")
-    write_problems(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from jgrpo.config import Config
 from jgrpo.policy import batch
 from jgrpo.policy.batch import MicroBatch, Rows
 from jgrpo.run.device import free_memory
-from jgrpo.run.session import Policy, model_shape, sampled_at_once
+from jgrpo.run.session import Policy, sampled_at_once
 from jgrpo.update.learner import update_of
 
 KNOBS = (
@@ -83,8 +83,7 @@ def training_memory(
     """Of the policies' shapes alone (`open_policies(configs, abstract=True)`); seconds to a minute,
     for the compiler. The sampler's memory and the server's are not in it."""
     batch = largest_micro_batch(configs[0], prompt_lengths)
-    head_width = model_shape(policy).head_width
-    update = update_of(configs, policy.graph, head_width, policy.scales)
+    update = update_of(configs, policy.graph, policy.adapter, policy.base, policy.scales)
     stats: Any = update.compiled(policy.adapter, policy.base, batch).memory_analysis()
     opt_states = jax.eval_shape(update.init, policy.adapter)
     donated = stats.alias_size_in_bytes - _size(policy.adapter)  # the tape; the gradient is below

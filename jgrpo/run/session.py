@@ -24,7 +24,6 @@ from jgrpo.errors import InputError, printable, short
 from jgrpo.members import check_together
 from jgrpo.policy import adapter as adapters
 from jgrpo.policy.lora import fresh_adapter, nth, rank_of, split, stacked_up, with_rank
-from jgrpo.policy.model import ModelConfig
 from jgrpo.policy.weights import (
     abstract_model,
     load_model,
@@ -319,10 +318,6 @@ def open_policies(configs: Sequence[Config], *, abstract: bool = False) -> Polic
     return replace(policy, adapter=found, scales=scales)
 
 
-def model_shape(policy: Policy) -> ModelConfig:
-    return nnx.merge(policy.graph, policy.adapter, policy.base).config
-
-
 def sampled_at_once(config: Config, policy: Policy, free: int | None) -> int:
     """How many completions the embedded sampler decodes at once, of `free` bytes: those of a step
     of all members, or as many as fit."""
@@ -330,8 +325,9 @@ def sampled_at_once(config: Config, policy: Policy, free: int | None) -> int:
     if free is None:
         return n_rows
     return rows_that_fit(
-        model_shape(policy), c.dtype, free, n_rows=n_rows, group_size=c.group_size,
-        longest=c.max_prompt_tokens, max_tokens=c.max_tokens,
+        nnx.merge(policy.graph, policy.adapter, policy.base).config, c.dtype, free,
+        n_rows=n_rows, group_size=c.group_size, longest=c.max_prompt_tokens,
+        max_tokens=c.max_tokens,
     )  # fmt: skip
 
 

@@ -21,14 +21,14 @@ from jgrpo.advantages import group_advantages, leave_one_out
 from jgrpo.config import Config
 from jgrpo.errors import InputError
 from jgrpo.policy import adapter as adapters
-from jgrpo.policy.batch import MicroBatch, Rows, completion_mask, micro_batches
+from jgrpo.policy.batch import Rows, completion_mask
 from jgrpo.policy.logprobs import token_logprobs
 from jgrpo.policy.lora import switched_off
 from jgrpo.rewards.parts import combine, length_penalty
 from jgrpo.run.rundir import existing_adapter
 from jgrpo.run.scoring import Scorers
 from jgrpo.run.session import Policy
-from jgrpo.update.learner import loss_of, needs_ref, ref_adapter
+from jgrpo.update.learner import batches_of, loss_of, needs_ref, ref_adapter
 from jgrpo.update.step import Loss, loss_denominator
 
 Line = Mapping[str, Any]
@@ -118,7 +118,7 @@ def compare(
     entropy_gradient = any(c.entropy_coef > 0 for c in configs)
     first = configs[0]
     # All rows, whatever their advantages: they are cut alike for all variants.
-    stacks = [batches_of(r, np.arange(len(r.advantages)), first) for r in rows]
+    stacks = [batches_of(first, r, np.arange(len(r.advantages))) for r in rows]
     forward = _Forward(policy.graph, first.temperature, entropy_gradient)
     step = jax.jit(lambda *args: _gradients(forward, losses, ref_wanted, *args))
     logprobs_of = jax.jit(lambda *args: forward(*args)[0])
@@ -148,15 +148,6 @@ class _Forward:
         return token_logprobs(
             model, batch, temperature=self.temperature, entropy_gradient=self.entropy_gradient
         )
-
-
-def batches_of(rows: Rows, index: np.ndarray, config: Config) -> list[MicroBatch]:
-    """Some rows of a rollout, as a config cuts them."""
-    return micro_batches(
-        rows, index,
-        micro_batch_size=config.micro_batch_size,
-        max_prompt_tokens=config.max_prompt_tokens, max_tokens=config.max_tokens,
-    )  # fmt: skip
 
 
 def _gradients(

@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from rich.progress import (
 
 from jgrpo.config import Config
 from jgrpo.errors import InputError, RunError, printable
-from jgrpo.members import OWN
+from jgrpo.members import shared_options
 from jgrpo.run.rundir import jsonable, read_config, read_metrics, write_whole
 from jgrpo.study.variants import Variant
 
@@ -92,7 +92,7 @@ def groups_of(jobs: Sequence[Job], most: int) -> list[list[Job]]:
     are as far."""
     alike: dict[tuple, list[Job]] = {}
     for job in jobs:
-        shared = [getattr(job.config, f.name) for f in fields(Config) if f.name not in OWN]
+        shared = shared_options(job.config).values()
         alike.setdefault((*shared, _last_checkpoint(job.folder)), []).append(job)
     return [
         group[start : start + most]

@@ -107,6 +107,15 @@ def parts_of(config: Config, rows: Rows) -> list[Part]:
     return parts
 
 
+def batches_of(config: Config, rows: Rows, index: np.ndarray) -> list[MicroBatch]:
+    """Some completions of a rollout, as a config cuts them."""
+    c = config
+    return micro_batches(
+        rows, index, micro_batch_size=c.micro_batch_size,
+        max_prompt_tokens=c.max_prompt_tokens, max_tokens=c.max_tokens,
+    )  # fmt: skip
+
+
 Turn = tuple[tuple[int, int], ...]
 """What one update trains: (member, part of its rollout), for each member that has one."""
 
@@ -154,8 +163,7 @@ class Learner:
         self.configs, self.base, self.adapters = list(configs), base, adapters
         self.starts = adapters if starts is None else starts
         self.rates = learning_rates(self.configs)
-        head_width = nnx.merge(graph, adapters, base).config.head_width
-        self.update = update_of(self.configs, graph, head_width, scales)
+        self.update = update_of(self.configs, graph, adapters, base, scales)
         self.opt_states = self.update.init(adapters)
         self.skipped_in_a_row = [0] * len(self.configs)
 
@@ -181,53 +189,50 @@ class Learner:
         over its updates (tokens/trained, train/skipped_updates: their sum) without those that were
         skipped. `logprobs` are then the trainer's of what was trained, before the first update, by
         member: [N, longest], NaN elsewhere."""
-        c, rollout = self.configs[0], together(rows)
+        rollout = together(rows)
         parts = {e: parts_of(self.configs[e], r) for e, r in rows.items()}
         ends = np.cumsum([len(r.completions) for r in rows.values()])
         first = dict(zip(rows, [0, *ends.tolist()], strict=False))
 
         @cache
-        def batches_of(turn: Turn) -> list[MicroBatch]:
+        def batches(turn: Turn) -> list[MicroBatch]:
             index = np.concatenate([first[e] + parts[e][p].index for e, p in turn])
-            return micro_batches(
-                rollout, index, micro_batch_size=c.micro_batch_size,
-                max_prompt_tokens=c.max_prompt_tokens, max_tokens=c.max_tokens,
-            )  # fmt: skip
+            return batches_of(self.configs[0], rollout, index)
 
         old, ref = Logprobs(rollout), Logprobs(rollout)
         for turn in part_by_part(parts, [e for e in parts if len(parts[e]) > 1]):
-            batches = batches_of(turn)  # of a single part they come with its first update
-            old.add(batches, self.update.logprobs(self.adapters, self.base, batches))
+            of_turn = batches(turn)  # of a single part they come with its first update
+            old.add(of_turn, self.update.logprobs(self.adapters, self.base, of_turn))
         for turn in part_by_part(parts, [e for e in parts if needs_ref(self.configs[e])]):
-            batches = batches_of(turn)
-            ref.add(batches, self.update.logprobs(self.ref, self.base, batches))
+            of_turn = batches(turn)
+            ref.add(of_turn, self.update.logprobs(self.ref, self.base, of_turn))
 
         (_, n_before), *_ = jax.device_get(optax.tree.get_all_with_path(self.opt_states, "count"))
         history: dict[int, list[dict[str, float]]] = {e: [] for e in rows}
         n_updates = {e: self.configs[e].updates_per_rollout for e in rows}
         for j in range(max(n_updates.values())):
             turn = tuple((e, j % len(parts[e])) for e in rows if j < n_updates[e])
-            for e, metrics in self._update(turn, parts, batches_of, old, ref).items():
+            for e, metrics in self._update(turn, parts, batches, old, ref).items():
                 history[e].append(metrics)
         self.logprobs = dict(zip(rows, np.split(old.values, ends[:-1]), strict=True))
         return {e: self._summary(e, h, int(n_before[e])) for e, h in history.items()}
 
-    def _update(self, turn: Turn, parts, batches_of, old: Logprobs, ref: Logprobs):
+    def _update(self, turn: Turn, parts, batches, old: Logprobs, ref: Logprobs):
         """One update of each member of the turn -> its metrics."""
-        batches = batches_of(turn)
+        of_turn = batches(turn)
         denominators = np.ones(len(self.configs), np.float32)
         for e, p in turn:
             denominators[e] = parts[e][p].denominator
         self.adapters, self.opt_states, metrics, logprobs = self.update(
-            self.adapters, self.opt_states, self.base, batches, denominators, self.rates,
-            old.of(batches), ref.of(batches),
+            self.adapters, self.opt_states, self.base, of_turn, denominators, self.rates,
+            old.of(of_turn), ref.of(of_turn),
         )  # fmt: skip
-        old.add(batches, logprobs)
+        old.add(of_turn, logprobs)
         metrics = jax.device_get(metrics)
         found = {e: {tag: float(x[e]) for tag, x in metrics.items()} for e, _ in turn}
         skipped = [pair for pair in turn if found[pair[0]][SKIPPED]] if len(turn) > 1 else []
         for pair in skipped:  # what is not finite reaches the others' sums: again, each alone
-            found |= self._update((pair,), parts, batches_of, old, ref)
+            found |= self._update((pair,), parts, batches, old, ref)
         return found
 
     def _summary(self, e: int, history: list[dict[str, float]], n_before: int) -> dict[str, float]:
@@ -247,11 +252,12 @@ class Learner:
 def update_of(
     configs: Sequence[Config],
     graph: nnx.GraphDef,
-    head_width: int,
+    adapters: nnx.State,
+    base: nnx.State,
     scales: Sequence[float] | None = None,
 ) -> Update:
-    """The update that members ask for."""
-    shared = configs[0]
+    """The update that members ask for; of the arrays only the shapes count."""
+    shared, head_width = configs[0], nnx.merge(graph, adapters, base).config.head_width
     return Update(
         graph,
         [Objective(loss_of(c), needs_ref(c)) for c in configs],

@@ -5,12 +5,13 @@ optimizer and figures of its own; a lone run is a population of one. A micro-bat
 of any of them, and a member's gradient comes from its own alone.
 
 Gradients are sums over micro-batches, divided once by the denominator of the member's whole
-rollout; then one optimizer update each. Adapters and optimizer states are donated; nothing returns
-to the host until the step is over. Nothing here forbids a mesh.
+rollout; then one optimizer update each. Adapters and optimizer states are donated; of an update its
+logprobs return to the host. Nothing here forbids a mesh.
 """
 
 import weakref
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import jax
@@ -230,6 +231,8 @@ class Update:
         return Sums(gradient, {name: zeros() for name in sorted(names)}, zeros())
 
     def _micro_step(self, total: Sums, tape, adapters, base, batch, old_logprobs, ref_logprobs):
+        mine = self._of_each(batch)
+
         def numerator(adapters):
             model = self._model(adapters, base)
             hidden, written = hidden_states(model, batch, tape, **self.of_layers)
@@ -237,17 +240,16 @@ class Update:
             old = jax.lax.stop_gradient(logprobs)
             if old_logprobs is not None:
                 old = jnp.where(jnp.isnan(old_logprobs), old, old_logprobs)
-            of_members = self._terms(batch, logprobs, old, ref_logprobs, entropies)
+            of_members = self._terms(batch, mine, logprobs, old, ref_logprobs, entropies)
             return of_members["loss"].sum(), (of_members, logprobs, old, entropies, written)
 
         gradient_of = jax.grad(numerator, has_aux=True)
         gradient, (metrics, logprobs, old, entropies, tape) = gradient_of(adapters)
         gap = (old - batch.sampler_logprobs) * batch.mask  # both are of the policy that sampled
-        mine = self._of_each(batch)[:, :, None]
         sums = {"entropy": entropies, "tokens": batch.mask, "gap": jnp.abs(gap),
                 "sampler_kl": k3(gap)}  # fmt: skip
-        metrics |= {name: jnp.where(mine, x, 0).sum((1, 2)) for name, x in sums.items()}
-        largest_gap = jnp.where(mine, jnp.abs(gap), 0).max((1, 2))
+        metrics |= {name: jnp.where(mine[:, :, None], x, 0).sum((1, 2)) for name, x in sums.items()}
+        largest_gap = jnp.where(mine[:, :, None], jnp.abs(gap), 0).max((1, 2))
         gradient, metrics = jax.tree.map(jnp.add, total[:2], (gradient, metrics))
         return Sums(gradient, metrics, jnp.maximum(total.largest_gap, largest_gap)), tape, logprobs
 
@@ -257,10 +259,9 @@ class Update:
         member = jnp.asarray(batch.members)[jnp.asarray(batch.row_prompts)[row]]
         return member == jnp.arange(len(self.objectives), dtype=member.dtype)[:, None]
 
-    def _terms(self, batch, logprobs, old, ref, entropies) -> dict[str, jax.Array]:
+    def _terms(self, batch, mine, logprobs, old, ref, entropies) -> dict[str, jax.Array]:
         """The losses' numerators and metrics [E], each of a member's own completions. Members with
         the same loss go through it as one."""
-        mine = self._of_each(batch)
         terms: dict[str, jax.Array] = {}
         for objective in dict.fromkeys(self.objectives):
             arrays = {"sampler_logprobs": batch.sampler_logprobs, "entropies": entropies}
@@ -330,8 +331,9 @@ def _unstacked(arrays: Sequence[tuple[jax.Array, int]]) -> Arrays:
     return [x for stack, n in arrays for x in np.asarray(stack)[:n]]
 
 
+@cache
 def _metrics_of(loss: Loss) -> list[str]:
-    """The names of a loss's metrics."""
+    """The names of a loss's metrics; found by tracing it, which is not done at every step."""
     one = jnp.zeros((1, 1))
     arrays = {"sampler_logprobs": one, "entropies": one}
     return [*jax.eval_shape(loss, one, one, one[0], one, **arrays)[2]]

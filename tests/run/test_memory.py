@@ -15,7 +15,6 @@ from tiny_run import (
     tiny_config,
     write_base,
     write_config_file,
-    write_problems,
 )
 
 from jgrpo import train as train_module
@@ -30,14 +29,6 @@ from jgrpo.train import dry_run, train
 from jgrpo.update.step import Update
 
 pytestmark = pytest.mark.usefixtures("shared_compilation_cache")
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("memory")
-    write_base(folder / "base")
-    write_problems(folder)
-    return folder
 
 
 def test_the_largest_micro_batch_has_completions_as_long_as_they_may_be(root):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.numpy import load_file, save_file
-from tiny_run import tiny_config, write_base, write_problems
+from tiny_run import tiny_config
 from transformers import AutoConfig, Qwen3ForCausalLM
 
 from jgrpo.config import PROJECTIONS
@@ -26,14 +26,6 @@ from jgrpo.run.session import open_policies, open_problems, open_sampler
 from jgrpo.train import train
 
 BLOCK = {name: "self_attn" if name[0] in "qkvo" else "mlp" for name in PROJECTIONS}
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("session")
-    write_base(folder / "base")
-    write_problems(folder)
-    return folder
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -13,8 +13,7 @@ from test_learner import ADVANTAGES, ROWS, tiny_config
 from jgrpo.policy.adapter import adapter_arrays
 from jgrpo.policy.lora import fresh_adapter, nth, side_by_side, split, stacked_up, with_rank
 from jgrpo.policy.weights import load_model
-from jgrpo.study.compare import batches_of
-from jgrpo.update.learner import Learner
+from jgrpo.update.learner import Learner, batches_of
 from jgrpo.update.learner import together as in_company
 
 BASE = {"use_kl_penalty": True, "kl_to": "base"}
@@ -107,12 +106,12 @@ def test_gradients_in_company_are_those_alone(folder):
     company = together(folder, members)
     rows = {e: rows_of(e) for e in members}
     rollout = in_company(rows)
-    batches = batches_of(rollout, np.arange(len(rollout.completions)), config_of(0))
+    batches = batches_of(config_of(0), rollout, np.arange(len(rollout.completions)))
     assert any(len({*batch.members.tolist()}) > 1 for batch in batches)
     total, _ = company.update._sum(company.adapters, company.base, batches, None, None)
     for e in members:
         lone, rank = alone(folder, e), config_of(e).lora_r
-        own = batches_of(rows[e], np.arange(8), config_of(e))
+        own = batches_of(config_of(e), rows[e], np.arange(8))
         expected = lone.update.gradient(lone.state(0)[0], lone.base, own, 1.0)
         got = nth(total.gradient, e)
         assert relative_error(*map(adapter_arrays, (with_rank(got, rank), expected))) < 1e-5
