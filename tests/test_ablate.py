@@ -103,6 +103,7 @@ def test_a_comparison_has_the_loss_and_gradient_of_each_variant_s_own_update(run
     assert found.cosine[0, NAMES.index("token_level")] < 0.9999  # variants do differ
 
 
+@pytest.mark.slow
 def test_on_policy_variants_that_cannot_differ_do_not(run):
     names = ("rank1", "clip", "gspo", "dr_grpo", "rloo")
     found, _ = compared(run, 1, names)

@@ -81,6 +81,7 @@ def rollouts(run: Path, step: int) -> list[dict]:
 # -- what it takes from the adapter -----------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_first_adapter_is_the_one_begun_from(run, root):
     start = arrays_of(root / "start")
     first = arrays_of(run / "adapters" / "step_000000")

@@ -181,6 +181,7 @@ def test_the_loop_evaluates_with_several_completions_too(root, run):
     assert last["eval/pass@2"] >= last["eval/accuracy"]
 
 
+@pytest.mark.slow
 def test_every_step_of_a_run_against_the_base(run, tmp_path, capsys):
     argv = ["--run", str(run), "--all_steps", "--against", "base"]
     command = cli.parse(cli.Evaluate, [*argv, "--out", str(tmp_path / "all.jsonl")])

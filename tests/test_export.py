@@ -141,6 +141,7 @@ def command(run: Path, hub, *more: str) -> subprocess.CompletedProcess:
                           cwd=Path(__file__).parent.parent)  # fmt: skip
 
 
+@pytest.mark.slow
 def test_an_adapter_goes_to_the_hub_with_a_card_of_its_run(run, hub, base, tmp_path):
     done = command(run, hub)
     assert done.returncode == 0, done.stderr

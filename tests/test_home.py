@@ -23,6 +23,7 @@ def can_be_nobody() -> bool:
         return False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("home", ["unset", "/dev/null"])
 def test_a_dry_run_reads_a_folder_and_caches_among_the_temporary_files(home, tmp_path):
     """`datasets` caches what it reads from a folder; no entry in passwd names a home either."""

@@ -50,6 +50,7 @@ def completions(run: Path, step: int) -> list[str]:
     return [json.loads(line)["completion"] for line in lines]
 
 
+@pytest.mark.slow
 def test_each_has_the_folder_of_a_lone_run_and_the_same_results(runs):
     """The completions of all steps, the metrics and the adapter to rounding."""
     company, lone = runs

@@ -24,7 +24,7 @@ from jgrpo import train as loop
 from jgrpo.errors import RunError
 from jgrpo.rollout.protocol import Completion
 from jgrpo.run.rundir import read_metrics
-from jgrpo.run.runlog import _Console
+from jgrpo.run.screen import _Console
 from jgrpo.train import train
 
 pytestmark = pytest.mark.usefixtures("shared_compilation_cache")
@@ -38,6 +38,7 @@ def root(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_verl_file_trains_as_it_is(root):
     rows = [
         {

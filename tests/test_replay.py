@@ -29,6 +29,7 @@ def run(root):
     return train(tiny_config(root, eval_every=0))
 
 
+@pytest.mark.slow
 def test_every_step_comes_out_to_the_bit(run):
     for row in read_metrics(run):
         figures = replay(run, row["step"])

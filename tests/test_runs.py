@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
 from jgrpo.config import Config
@@ -69,6 +70,7 @@ def test_options_that_do_not_fit_share_a_column_and_nothing_is_cut(tmp_path):
         assert words in text
 
 
+@pytest.mark.slow
 def test_the_command_finds_runs_or_says_that_there_are_none(tmp_path):
     make_run(tmp_path / "runs" / "1")
     run = lambda *args: subprocess.run(  # noqa: E731

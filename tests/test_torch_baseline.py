@@ -295,6 +295,7 @@ def moved_by_torch(both, config, lines):
     return metrics, {k: after[k] - before[k] for k in before}
 
 
+@pytest.mark.slow
 def test_two_epochs_of_two_updates_end_at_the_same_adapter(both, several):
     # Four steps of Adam: where a gradient is nearly 0 its rounding decides the direction.
     config, metrics, moved = several

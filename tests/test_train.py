@@ -248,6 +248,7 @@ PLACES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("function", "call", "error"), PLACES, ids=lambda x: str(x))
 def test_wherever_a_run_is_stopped_it_goes_on_as_if_it_had_not_been(
     function, call, error, run, root, monkeypatch, capsys

@@ -147,6 +147,7 @@ def test_sympy_without_end_is_stopped(monkeypatch):
 SLOW = (r"\tan((\sqrt{\pi }+x)^9+x)+2=x", r"\tan((\sqrt{\pi }+x)^9+x)+2=2x")
 
 
+@pytest.mark.slow
 def test_nothing_is_evaluated_as_python(monkeypatch):
     import math_verify.parser
     import sympy.parsing.sympy_parser as sympy_parser

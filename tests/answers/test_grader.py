@@ -78,6 +78,7 @@ def test_an_endless_check_is_killed_counted_and_hurts_no_other(grader):
     assert grader.grade([boxed(ROOT.answer)], [ROOT.gold]).correct.all()  # the worker is back
 
 
+@pytest.mark.slow
 def test_the_limit_counts_from_the_start_of_the_check(grader):
     # Eight checks of 1 s each in two workers: the last starts after 3 s. A limit that counted from
     # submission would make time-outs of all but the first; here 1 s is for each.

@@ -44,7 +44,7 @@ def written(parts, batch, tape, recomputed=False):
     return jax.jit(jax.grad(loss, has_aux=True))(adapter, base, batch, tape)
 
 
-@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("recomputed", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_gradient_is_that_of_a_plain_scan(parts, rows, recomputed):
     batch = in_one_batch(rows)
     plain, nothing = written(parts, batch, None, recomputed)
@@ -71,6 +71,7 @@ def test_a_tape_holds_neither_weights_nor_masks(parts, rows):
     assert all(x.dtype == jnp.float32 and x.shape not in weights for x in tape)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="only the CPU needs a tape")
 def test_updates_write_into_the_same_memory(parts, rows):
     graph, adapter, base = parts

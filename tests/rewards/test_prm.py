@@ -32,7 +32,10 @@ ABSENT = "Qwen3's tokenizer is not part of this repository, and not in ../shared
 QWEN3 = Path(__file__).parents[3] / "shared" / "models" / "qwen3-tokenizer"
 TOKENIZERS = [
     "tiny",
-    pytest.param("qwen3", marks=pytest.mark.skipif(not QWEN3.is_dir(), reason=ABSENT)),
+    pytest.param(
+        "qwen3",
+        marks=[pytest.mark.skipif(not QWEN3.is_dir(), reason=ABSENT), pytest.mark.slow],
+    ),
 ]
 SHAPE = {
     "hidden_size": 32,

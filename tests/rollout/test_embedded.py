@@ -162,6 +162,7 @@ def plainly_sampled(parts, group_size: int, max_tokens: int) -> list[list[list[i
     return [cut[i : i + group_size] for i in range(0, len(cut), group_size)]
 
 
+@pytest.mark.slow
 def test_rows_that_leave_change_nothing(parts, packings, monkeypatch):
     """48 rows of 64 (the others fill up) become 32 and 16 as they end, by twos of one prompt; what
     is sampled is what the model on whole sequences samples."""
@@ -183,7 +184,12 @@ def test_rows_that_leave_change_nothing(parts, packings, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("group_size", "max_tokens", "leave"), [(16, 40, False), (16, 60, True), (1, 40, True)]
+    ("group_size", "max_tokens", "leave"),
+    [
+        (16, 40, False),
+        pytest.param(16, 60, True, marks=pytest.mark.slow),
+        pytest.param(1, 40, True, marks=pytest.mark.slow),
+    ],
 )
 def test_rows_leave_where_prompts_of_their_own_take_no_more_than_what_left(
     parts, packings, group_size, max_tokens, leave

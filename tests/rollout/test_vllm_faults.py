@@ -102,7 +102,7 @@ def quick(monkeypatch):
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_hundreds_of_faults_change_nothing(seed, tmp_path, caplog):
     calm, faulty = Faulty(0, share=0.0), Faulty(seed, share=0.4)
     expected, _ = run_through(calm, tmp_path)
@@ -158,6 +158,7 @@ def replaced(value: Any, place: tuple, new: Any) -> Any:
 GOOD = {"model": "m", "choices": [good_choice(ASKED, g) for g in range(2)]}
 
 
+@pytest.mark.slow
 @settings(max_examples=1500, deadline=None)
 @given(st.data())
 def test_whatever_stands_in_a_reply_gives_completions_that_can_be_trained_on_or_a_valueerror(data):

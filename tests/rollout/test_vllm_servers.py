@@ -112,9 +112,9 @@ def test_a_slow_servers_prompts_go_to_the_others_after_the_stated_time(tmp_path,
 
 
 def test_equally_slow_servers_are_not_asked_for_each_others_prompts(tmp_path):
-    fakes = Told(0.4), Told(0.4)
+    fakes = Told(2.0), Told(2.0)
     with three(*fakes) as urls:
-        sampler = sampler_at(urls, move_s=0.2)
+        sampler = sampler_at(urls, move_s=1.0)
         sampler.load(tmp_path / "1")
         assert_all_are_of(1, *sample(sampler, 2))
     assert [len(fake.bodies(COMPLETIONS)) for fake in fakes] == [1, 1]

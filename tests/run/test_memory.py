@@ -124,6 +124,7 @@ def test_free_memory_is_less_than_the_machine_s():
     assert free is None or 2**26 < free < 2**50
 
 
+@pytest.mark.slow
 def test_running_out_of_memory_ends_the_run_with_the_knobs_and_a_checkpoint(root, monkeypatch):
     real, calls = train_module.Learner.learn, []
 

@@ -210,6 +210,7 @@ def test_a_gap_that_the_dtype_does_not_explain_is_told_with_its_causes(
         assert words in told
 
 
+@pytest.mark.slow
 def test_a_step_whose_samples_are_another_policy_s_is_not_kept(root, monkeypatch):
     """The sampler keeps adapter 1 for ever; steps 1 and 2 are right."""
     real = JaxSampler.load

@@ -73,6 +73,7 @@ def test_text_comes_back_from_the_tokenizer_exactly():
         assert tokenizer.unk_token_id not in ids
 
 
+@pytest.mark.slow
 def test_pretraining_learns(capsys):
     tokenizer = tiny.make_tokenizer()
     rope = Rope(32, 1e4)

@@ -132,6 +132,7 @@ def with_zeros(advantages, where) -> np.ndarray:
 # -- several updates a rollout --------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_four_updates_are_two_passes_over_two_halves_from_one_old_policy(parts, new_learner):
     """Against the loop written out: old logprobs of both halves before the first update, whole
     groups together, and each half's own tokens (11 and 16) as its denominator."""
@@ -163,6 +164,7 @@ def test_four_updates_are_two_passes_over_two_halves_from_one_old_policy(parts, 
     assert metrics["train/clip_fraction"] > 0.1
 
 
+@pytest.mark.slow
 def test_a_second_pass_takes_the_first_one_s_logprobs_as_old_and_a_rollout_its_own(new_learner):
     learner = new_learner(**FOUR_UPDATES | {"updates_per_epoch": 1})
     learner.update = recorder = Recorder(learner.update)
@@ -341,6 +343,7 @@ def test_the_base_is_the_model_with_the_adapter_off(checkpoint, new_learner):
         assert float(metrics["train/kl"]) == pytest.approx((d**2 / 2).mean(), rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [{}, {"use_kl_penalty": True}, TO_BASE | {"beta": 0.0}], ids=str
 )

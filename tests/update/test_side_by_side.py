@@ -120,6 +120,7 @@ def test_gradients_in_company_are_those_alone(folder):
             np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_two_members_of_one_config_stay_equal_and_another_s_overflow_is_its_own(folder):
     """Members 0 and 2 are the same; member 1's rewards are not finite, in both steps."""
     configs = [config_of(0)] * 3

@@ -100,7 +100,7 @@ def pair(checkpoint, tmp_path_factory):
 @pytest.mark.parametrize(
     ("rank", "temperature", "checkpoint_layers"),
     [
-        (1, 1.0, False),
+        pytest.param(1, 1.0, False, marks=pytest.mark.slow),
         (4, 1.0, True),
         pytest.param(1, 0.7, True, marks=pytest.mark.slow),
         pytest.param(4, 0.7, False, marks=pytest.mark.slow),
