@@ -47,7 +47,7 @@ _TO_REF: Condition = (
     lambda c: c.use_kl_penalty and c.beta > 0 and c.kl_to != "old",
     "with --use_kl_penalty, beta > 0 and --kl_to base or start",
 )
-_WEIGHTS: Condition = lambda c: c.use_importance_weights, "with --use_importance_weights"
+_WEIGHTS: Condition = lambda c: bool(c.use_importance_weights), "with --use_importance_weights"
 _LENGTH: Condition = lambda c: c.use_length_penalty, "with --use_length_penalty"
 _PRM: Condition = lambda c: c.use_prm, "with --use_prm"
 _VLLM: Condition = lambda c: c.rollout == "vllm", "with --rollout vllm"
@@ -127,7 +127,7 @@ def _wrong_values(c: Any) -> Iterator[str]:
         elif isinstance(value, int) and value >= 2**31:
             yield f"{name}={value!r}: must be below 2**31"
     for name in ("seed", "eval_every", "beta", "overlong_cache", "warmup_steps", "entropy_coef",
-                 "checkpoint_keep_period", "show_every"):  # fmt: skip
+                 "checkpoint_keep_period", "show_every", "rollouts_ahead"):  # fmt: skip
         if not 0 <= getattr(c, name) < 2**31:
             yield f"{name}={getattr(c, name)!r}: must not be negative, and below 2**31"
     for field in dataclasses.fields(c):
@@ -232,6 +232,17 @@ def _without_meaning(c: Any) -> Iterator[str]:
             f"use_importance_weights with loss_type={c.loss_type}: the weights are per token, and "
             "it has one ratio a completion; take importance_weight_mode=sequence_truncate"
         )
+    if c.rollouts_ahead and c.use_importance_weights is False:
+        yield (
+            f"rollouts_ahead={c.rollouts_ahead} with use_importance_weights=False: the completions "
+            "are an older policy's, and without the weights its gradient would be taken for that "
+            "of the policy that is trained; leave use_importance_weights away"
+        )
+    if 0 < c.n_grpo_steps <= c.rollouts_ahead:
+        yield (
+            f"rollouts_ahead={c.rollouts_ahead}: must be below n_grpo_steps={c.n_grpo_steps}, or "
+            "all is sampled from the first adapter"
+        )
 
 
 def without_effect(c: Any) -> list[str]:
@@ -247,8 +258,8 @@ def without_effect(c: Any) -> list[str]:
         if inert:
             warnings.append(
                 f"{' and '.join(inert)} cannot change anything with one update a rollout "
-                "(epochs_per_step=1, updates_per_epoch=1): the update starts from the policy that "
-                "sampled, so every ratio is 1, nothing is clipped, and the KL has no gradient"
+                "(epochs_per_step=1, updates_per_epoch=1): the update starts from the old "
+                "policy, so every ratio is 1, nothing is clipped, and the KL has no gradient"
             )
     if c.eval_top_p < 1 and c.eval_temperature == 0:
         warnings.append(

@@ -116,8 +116,9 @@ class Config:
     it no more (0.15: Qi et al. 2026)."""
     use_token_level_loss: bool = False
     """Average over all tokens of the update (DAPO) instead of over completions."""
-    use_importance_weights: bool = False
-    """Weigh what is trained by pi_old / pi_sampler, for the gap between sampler and trainer."""
+    use_importance_weights: bool | None = None
+    """Weigh what is trained by pi_old / pi_sampler, for the gap between sampler and trainer, and
+    for what an older policy has sampled. None: with rollouts_ahead, and not else."""
     importance_weight_cap: float = 2.0
     """Largest weight."""
     importance_weight_mode: Literal[
@@ -204,6 +205,10 @@ class Config:
     vllm_move_s: float = 60.0
     """Of several servers, one that has sent nothing for so many seconds is overtaken: its prompts
     go to the others too, with the same seeds, and the first answer is used, once."""
+    rollouts_ahead: int = 0
+    """Steps that sampling runs ahead: step k is sampled with adapter k - 1 - rollouts_ahead (or the
+    first) while the steps before it are trained. 1 hides the shorter of the two times; the
+    completions are then a step older, for which there are importance weights."""
     max_logprob_diff: float = 0.5
     """Largest |logprob of the server - logprob of the trainer| of one token that the probe before
     the first step accepts (float32: 1e-3 is normal; bfloat16: 0.1)."""
@@ -262,6 +267,8 @@ class Config:
         for name in ("reward_function", "reward_weights", "report_to", "pass_rate"):
             if isinstance(value := getattr(self, name), list):
                 object.__setattr__(self, name, tuple(value))
+        if self.use_importance_weights is None and self.rollouts_ahead:
+            object.__setattr__(self, "use_importance_weights", True)
         if problems := problems_of(self):
             raise InputError("bad config:\n" + "\n".join(f"  {p}" for p in problems))
 

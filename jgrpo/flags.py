@@ -76,7 +76,7 @@ def plain(args: list[str]) -> list[str]:
     """One spelling of each flag: `--use_clip`, `--use_clip=true` and `--no_use_clip` as a flag and
     True or False. InputError, with the name that is meant, for a flag of TRL's or PEFT's."""
     names = {f.name for f in dataclasses.fields(Config)}
-    switches = {f.name for f in dataclasses.fields(Config) if f.type is bool}
+    switches = {f.name for f in dataclasses.fields(Config) if f.type in (bool, bool | None)}
     words: list[str] = []
     rest = args.copy()
     while rest:

@@ -25,6 +25,7 @@ import tyro
 from jgrpo.policy import adapter as adapters
 from jgrpo.policy.lora import stacked_up
 from jgrpo.run.checkpoint import Checkpoints
+from jgrpo.run.probe import gaps_to, of_a_stale_policy
 from jgrpo.run.rundir import as_begun, existing_adapter, read_metrics, rollouts_file
 from jgrpo.run.session import configure_jax, open_policy
 from jgrpo.study.compare import read_rollouts, saved_rows
@@ -69,7 +70,12 @@ def replay(run: Path, step: int) -> dict[str, tuple[float, float]]:
     learner = Learner([config], policy.graph, both[0], policy.base, starts=both[1])
     if step - 1 in saved:
         learner.set_state(0, checkpoints.restore(step - 1, learner.state(0)))
-    metrics = learner.learn({0: saved_rows(config, lines)})[0]
+    rows = {0: saved_rows(config, lines)}
+    metrics = learner.learn(rows)[0]
+    if (sampled_by := lines[0].get("policy_step", step - 1)) < step - 1:
+        sampled = adapters.load(existing_adapter(run, sampled_by), policy.adapter)
+        gaps = gaps_to(stacked_up([sampled]), learner, rows)
+        metrics = of_a_stale_policy(metrics) | gaps[0]
     figures = {
         tag: (math.nan if logged[tag] is None else logged[tag], metrics[tag])
         for tag in metrics

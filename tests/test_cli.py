@@ -78,7 +78,7 @@ def test_the_study_s_flags_mean_what_they_meant(args, meaning):
 def another(field: dataclasses.Field) -> tuple[list[str], object]:
     """A value that is not the default, as flag and as itself."""
     name, default = field.name, field.default
-    if isinstance(default, bool):
+    if isinstance(default, bool) or name == "use_importance_weights":
         return [f"--no_{name}" if default else f"--{name}"], not default
     if name == "reward_function":
         return ["--reward_function", "a.py:f", "b.py:g"], ("a.py:f", "b.py:g")

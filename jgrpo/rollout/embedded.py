@@ -6,6 +6,7 @@ jitted loop decodes all rows in step (`decoding`). The loop runs in stages of gr
 its rows have ended it stops, and those that go on are packed into half the batch, or less.
 """
 
+import copy
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jgrpo.errors import RunError
 from jgrpo.policy import adapter as adapters
 from jgrpo.policy.batch import bucket
 from jgrpo.policy.model import ModelConfig
@@ -78,6 +80,7 @@ class JaxSampler:
     ):
         self.adapter, self.base = adapter, base
         self.max_tokens, self.max_rows = max_tokens, max_rows
+        self.is_closed = False
         model_of = partial(merged, graph, tuple(scales))
         self._prefill = jax.jit(partial(prefill, model_of))
         self._decode = jax.jit(
@@ -93,8 +96,13 @@ class JaxSampler:
         """Sample from the adapters in these PEFT folders from now on."""
         self.adapter = adapters.load_all(folders, self.adapter)
 
+    def held(self) -> "JaxSampler":
+        """As `rollout.Sampler.held`; the programs are the same."""
+        return copy.copy(self)
+
     def close(self) -> None:
         """Nothing to give back: the arrays are the trainer's."""
+        self.is_closed = True
 
     def sample(
         self,
@@ -147,6 +155,8 @@ class JaxSampler:
         capacity = min(FIRST_STAGE, max_tokens)
         state = grown(state, capacity=capacity)
         while True:
+            if self.is_closed:
+                raise RunError("the sampler was closed before all was sampled")
             smaller = max((m for m in sizes if m * pair < keys.size), default=0)
             state = self._decode(
                 self.adapter, self.base, prefix, keys, temperature, top_p, smaller, pair,

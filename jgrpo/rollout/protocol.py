@@ -57,8 +57,13 @@ class Sampler(Protocol):
         such samples, which are not the policy's. `max_tokens`: fewer than the sampler's own.
         """
 
+    def held(self) -> "Sampler":
+        """A sampler of the adapters that are loaded now, for another thread: what is loaded later
+        changes nothing of it, and its adapters stay until it is closed."""
+
     def close(self) -> None:
-        """Give back what the sampler holds (connections, loaded adapters)."""
+        """Give back what the sampler holds (connections, loaded adapters); what it is at in another
+        thread ends there with an error."""
 
 
 def prompt_seeds(seed: int, step: int, n: int, sampling_round: int = 0) -> list[int]:

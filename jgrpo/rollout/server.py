@@ -65,11 +65,12 @@ class Policies(NamedTuple):
 
 
 class Server:
-    """A vLLM server as a run uses it. Call `enter` first, and `renew` in each event loop.
+    """A vLLM server as a run uses it, from one event loop. Call `enter` first.
 
     `trouble` says what its last failure was, and is empty while it answers; `is_left`: others have
-    taken over what it was asked for. `policies` are those that it has, `names` what it calls them.
-    `outstanding`: the tokens that it may still send for what it was asked.
+    taken over what it was asked for. `loaded` are the policies that it has, and what it calls their
+    adapters; those that are `in_use` stay when others are loaded. `outstanding`: the tokens that it
+    may still send for what it was asked.
     """
 
     def __init__(
@@ -81,20 +82,18 @@ class Server:
         vocab_size: int,
         timeout_s: float,
         remedy: str,
+        in_use: Collection[Policies] = (),
     ) -> None:
         self.url = url.rstrip("/")
         self.timeout_s = timeout_s
         self.trouble, self.is_left = "", False
-        self.policies, self.names = Policies(), [""]
+        self.loaded: dict[Policies, list[str]] = {Policies(): []}
+        self._in_use = in_use
         self._run_id = run_id
         self._max_model_len = max_model_len
         self._vocab_size = vocab_size
         self._remedy = remedy
         self._told_s = float("-inf")
-        self.renew()
-
-    def renew(self) -> None:
-        """Nothing is under way: the event loop is a new one."""
         self._lock = asyncio.Lock()
         self.outstanding, self._heard_s = 0, time.monotonic()
 
@@ -114,14 +113,15 @@ class Server:
                             "serves one run)", self.url, printable(name))  # fmt: skip
 
     async def load(self, client: httpx.AsyncClient, policies: Policies) -> None:
-        """Have these adapters, and only then unload the previous ones. Does nothing if they are
-        there."""
+        """Have these adapters, and only then unload those that are not in use. Does nothing if they
+        are there."""
         async with self._lock:
-            if policies == self.policies:
+            if policies in self.loaded:
                 return
-            previous = [name for name in self.names if name]
-            self.names = await self._load_all(client, policies.paths)
-            self.policies = policies
+            names = await self._load_all(client, policies.paths)
+            idle = [other for other in self.loaded if other not in self._in_use]
+            previous = [name for other in idle for name in self.loaded.pop(other)]
+            self.loaded[policies] = names
             await asyncio.gather(*(self._unload(client, name) for name in previous))
 
     async def complete(
@@ -131,7 +131,7 @@ class Server:
         server has not got it, or has lost it."""
         for _ in range(1 + MAX_RELOADS):
             await self.load(client, policies)
-            asked = {"model": self._name_of(member), **body}
+            asked = {"model": self._name_of(policies, member), **body}
             read = partial(read_completions, asked=asked, vocab_size=self._vocab_size)
             completions = await self._request(client, "/v1/completions", asked, read=read)
             if completions is not None:
@@ -139,8 +139,8 @@ class Server:
             async with (
                 self._lock
             ):  # many requests find the adapter gone; the first of them loads it
-                if self._name_of(member) == asked["model"]:
-                    await self._restore(client)
+                if self._name_of(policies, member) == asked["model"]:
+                    await self._restore(client, policies)
         raise RunError(
             f"{self.url} does not know {asked['model']}, again and again: does it crash, or does "
             "another run use it? One server serves one run. Resume the run when it is well"
@@ -169,16 +169,17 @@ class Server:
         """Seconds for which it has been asked for completions and has sent none."""
         return time.monotonic() - self._heard_s if self.outstanding else 0.0
 
-    async def _restore(self, client: httpx.AsyncClient) -> None:
+    async def _restore(self, client: httpx.AsyncClient, policies: Policies) -> None:
         await self._check_base(client)
-        if lost := ", ".join(filter(None, self.names)):
-            self.names = await self._load_all(client, self.policies.paths)
+        if lost := ", ".join(self.loaded[policies]):
+            self.loaded[policies] = await self._load_all(client, policies.paths)
             log.warning("%s lost our adapter %s: it was restarted, or another run took it over. "
-                        "Loaded again as %s", self.url, lost, ", ".join(self.names))  # fmt: skip
+                        "Loaded again as %s", self.url, lost,
+                        ", ".join(self.loaded[policies]))  # fmt: skip
 
-    def _name_of(self, member: int) -> str:
+    def _name_of(self, policies: Policies, member: int) -> str:
         """What the server calls a member's policy."""
-        return (self.names[member] if self.policies.paths else "") or self._base.name
+        return self.loaded[policies][member] if policies.paths else self._base.name
 
     async def _load_all(self, client: httpx.AsyncClient, paths: Sequence[str]) -> list[str]:
         """Load adapters, at once -> their names, in order."""

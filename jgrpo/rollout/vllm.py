@@ -11,15 +11,18 @@ purpose: streaming, text, chat.
 """
 
 import asyncio
+import copy
 import logging
 import time
 from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
 
 from jgrpo.errors import RunError
+from jgrpo.rollout.background import Background
 from jgrpo.rollout.protocol import Completion, Progress
 from jgrpo.rollout.replies import Body
 from jgrpo.rollout.server import GaveUp, Policies, Server, open_client
@@ -59,8 +62,8 @@ class VllmSampler:
     server's own end tokens are ignored. `max_model_len` is the prompt and completion tokens that
     a server must hold.
 
-    Raises RunError, with what was wrong and how to start the server. Not for use inside a running
-    event loop. One run a server: adapters of others that carry our prefix are unloaded at start,
+    Raises RunError, with what was wrong and how to start the server. Any thread may ask, also while
+    another does. One run a server: adapters of others that carry our prefix are unloaded at start,
     unless `alone` is false (to evaluate beside a run).
     """
 
@@ -79,20 +82,27 @@ class VllmSampler:
         alone: bool = True,
     ) -> None:
         remedy = f"Start the server with\n  {start_command}"
+        self._policies = Policies()
+        self._users: dict[object, Policies] = {self: self._policies}
+        """Who needs which: this sampler, those that are held, and what is under way."""
+        self._background, self._calls = Background(), set[Future]()
         self._servers = [
             Server(url, run_id=run_id, max_model_len=max_model_len, vocab_size=vocab_size,
-                   timeout_s=timeout_s, remedy=remedy)
+                   timeout_s=timeout_s, remedy=remedy, in_use=self._users.values())
             for url in urls
         ]  # fmt: skip
         self._max_tokens = max_tokens
         self._stop_token_ids = list(stop_token_ids)
         self._move_s = move_s
-        self._policies = Policies()
-        _run(self._servers, lambda client: (s.enter(client, alone=alone) for s in self._servers))
+        try:
+            self._run(lambda client: (s.enter(client, alone=alone) for s in self._servers))
+        except BaseException:
+            self._background.stop()
+            raise
 
     def load(self, *folders: Path) -> None:
-        """Load the adapters in `folders`, one a member, into every server, then unload the previous
-        ones.
+        """Load the adapters in `folders`, one a member, into every server, then unload those that
+        nobody samples from or holds.
 
         Comes back when all servers that are well sample from the new ones (the others get them when
         they are back, before any prompt); only then may the previous ones' folders be removed
@@ -100,22 +110,33 @@ class VllmSampler:
         server that is restarted needs them again.
         """
         paths = tuple(str(Path(folder).absolute()) for folder in folders)
-        self._policies = Policies(self._policies.number + 1, paths)
-        _run(self._servers, lambda client: [self._load_all(client)])
+        self._load(Policies(self._policies.number + 1, paths))
 
     def unload(self) -> None:
         """Unload the adapters: the base model is sampled from now on."""
-        self._policies = Policies(self._policies.number + 1)
-        _run(self._servers, lambda client: [self._load_all(client)])
+        self._load(Policies(self._policies.number + 1))
+
+    def held(self) -> "VllmSampler":
+        """As `rollout.Sampler.held`: the servers keep its adapters beside later ones."""
+        held = copy.copy(self)
+        held._calls = set()
+        self._users[held] = held._policies
+        return held
 
     def close(self) -> None:
-        """Unload the adapters if the servers are still there; warns, and never raises, if not."""
-        for server in self._servers:
-            server.timeout_s = min(server.timeout_s, 10.0)
-        try:
-            self.unload()
-        except RunError as error:
-            log.warning("adapter not unloaded: %s", error)
+        """Cancel what this one is at. The last that is closed unloads the adapters, if the servers
+        are still there; warns, and never raises, if not."""
+        for call in [*self._calls]:
+            call.cancel()
+        if [*self._users] == [self]:
+            for server in self._servers:
+                server.timeout_s = min(server.timeout_s, 10.0)
+            try:
+                self.unload()
+            except RunError as error:
+                log.warning("adapter not unloaded: %s", error)
+            self._background.stop()
+        self._users.pop(self, None)
 
     def sample(
         self,
@@ -138,6 +159,7 @@ class VllmSampler:
             raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts")
         n = group_size if temperature > 0 else 1  # vLLM refuses n > 1 if all would be equal
         slots = asyncio.Semaphore(len(self._servers) * min(MAX_REQUESTS, max(1, MAX_AT_WORK // n)))
+        policies = self._policies
 
         async def group(client: httpx.AsyncClient, p: int) -> list[Completion]:
             body = {
@@ -152,16 +174,21 @@ class VllmSampler:
             }
             async with slots:
                 member = members[p] if members else 0
-                completions = await self._first_answer(client, body, member)
+                completions = await self._first_answer(client, body, policies, member)
             completions *= group_size // n
             if progress:
                 progress(len(completions), sum(len(c.token_ids) for c in completions))
             return completions
 
-        return _run(self._servers, lambda client: (group(client, p) for p in range(len(prompts))))
+        under_way = object()
+        self._users[under_way] = policies
+        try:
+            return self._run(lambda client: (group(client, p) for p in range(len(prompts))))
+        finally:
+            del self._users[under_way]
 
     async def _first_answer(
-        self, client: httpx.AsyncClient, body: Body, member: int
+        self, client: httpx.AsyncClient, body: Body, policies: Policies, member: int
     ) -> list[Completion]:
         """Of the server with the fewest tokens outstanding, or of one that overtook it."""
         asked: dict[asyncio.Task[list[Completion]], Server] = {}
@@ -169,7 +196,7 @@ class VllmSampler:
         try:
             while True:
                 if server := self._next(asked.values(), gave_up):
-                    asked[server.ask(client, body, self._policies, member)] = server
+                    asked[server.ask(client, body, policies, member)] = server
                 look = LOOK_EVERY_S if len(self._servers) > 1 else None
                 done, _ = await asyncio.wait(
                     asked, timeout=look, return_when=asyncio.FIRST_COMPLETED
@@ -201,6 +228,10 @@ class VllmSampler:
             server.is_left = True
             log.warning("%s: %s; its prompts go to the other servers", server.url, server.trouble)
 
+    def _load(self, policies: Policies) -> None:
+        self._policies = self._users[self] = policies
+        self._run(lambda client: [self._load_all(client)])
+
     async def _load_all(self, client: httpx.AsyncClient) -> None:
         """Into every server; those that are away are left behind once others have the adapter."""
         loading = {asyncio.create_task(s.load(client, self._policies)): s for s in self._servers}
@@ -227,25 +258,22 @@ class VllmSampler:
         finally:
             await _cancel(waiting)
 
+    def _run(
+        self, work: Callable[[httpx.AsyncClient], Iterable[Coroutine[Any, Any, T]]]
+    ) -> list[T]:
+        """Run all of `work` at once; the first failure cancels the rest and is raised as it is."""
+
+        async def main() -> list[T]:
+            async with open_client() as client, asyncio.TaskGroup() as group:
+                tasks = [group.create_task(coroutine) for coroutine in work(client)]
+            return [task.result() for task in tasks]
+
+        try:
+            return self._background.run(main(), self._calls)
+        except BaseExceptionGroup as failures:
+            raise failures.exceptions[0] from None
+
 
 async def _cancel(tasks: Iterable[asyncio.Task]) -> None:
     tasks = [task for task in tasks if task.cancel()]
     await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _run(
-    servers: Iterable[Server], work: Callable[[httpx.AsyncClient], Iterable[Coroutine[Any, Any, T]]]
-) -> list[T]:
-    """Run all of `work` at once; the first failure cancels the rest and is raised as it is."""
-
-    async def main() -> list[T]:
-        for server in servers:
-            server.renew()
-        async with open_client() as client, asyncio.TaskGroup() as group:
-            tasks = [group.create_task(coroutine) for coroutine in work(client)]
-        return [task.result() for task in tasks]
-
-    try:
-        return asyncio.run(main())
-    except BaseExceptionGroup as failures:
-        raise failures.exceptions[0] from None

@@ -15,7 +15,7 @@ from jgrpo.prompts.problems import Problem, replacement_indices, step_indices
 from jgrpo.rollout.protocol import Sampler, prompt_seeds
 from jgrpo.run.groups import Group, Rollout, figures
 from jgrpo.run.scoring import Scorers
-from jgrpo.run.screen import Screen
+from jgrpo.run.screen import Phases
 from jgrpo.run.session import Problems
 
 
@@ -76,9 +76,15 @@ class Collector:
         self.scorers = scorers or [Scorers()] * len(configs)
 
     def collect(
-        self, step: int, screen: Screen, members: Sequence[int] | None = None
+        self,
+        step: int,
+        screen: Phases,
+        members: Sequence[int] | None = None,
+        sampler: Sampler | None = None,
     ) -> dict[int, Rollout]:
-        """The groups of step `step` of these members (None: all)."""
+        """The groups of step `step` of these members (None: all), from `sampler` in place of its
+        own where one is given."""
+        sampler = sampler or self.sampler
         n_problems = len(self.problems.train)
         wanted = {
             e: Wanted(self.configs[e], self.scorers[e], step)
@@ -88,12 +94,16 @@ class Collector:
         while orders := {
             e: order for e, w in wanted.items() if (order := w.order(n_problems, sampling_round))
         }:
-            for e, groups in self._groups(orders, wanted, step, sampling_round, screen).items():
+            for e, groups in self._groups(
+                orders, wanted, step, sampling_round, screen, sampler
+            ).items():
                 wanted[e].add(groups, sampling_round)
             sampling_round += 1
         return {e: w.rollout() for e, w in wanted.items()}
 
-    def _groups(self, orders, wanted, step, sampling_round, screen) -> dict[int, list[Group]]:
+    def _groups(
+        self, orders, wanted, step, sampling_round, screen, sampler
+    ) -> dict[int, list[Group]]:
         shared = self.configs[0]
         asked: list[tuple[int, Problem]] = [
             (e, self.problems.train[i]) for e, order in orders.items() for i in order
@@ -104,7 +114,7 @@ class Collector:
             for seed in prompt_seeds(self.configs[e].seed, step, len(order), sampling_round)
         ]
         with screen.phase("generation", len(asked) * shared.group_size) as progress:
-            sampled = self.sampler.sample(
+            sampled = sampler.sample(
                 [problem.prompt_ids for _, problem in asked],
                 seeds=seeds,
                 members=[e for e, _ in asked],

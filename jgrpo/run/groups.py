@@ -88,9 +88,12 @@ class Rollout:
             ~self.truncated.reshape(-1) if mask_truncated else None,
         )
 
-    def lines(self, advantages: np.ndarray, logprobs: np.ndarray) -> Iterator[dict]:
+    def lines(
+        self, advantages: np.ndarray, logprobs: np.ndarray, policy_step: int
+    ) -> Iterator[dict]:
         """One line a completion for the rollouts file; other programs rely on the fields.
-        `logprobs` [N, longest] are the trainer's, NaN where it computed none."""
+        `logprobs` [N, longest] are the trainer's before the update, NaN where it computed none;
+        `policy_step`: the adapter that sampled is that of this step."""
         for p, group in enumerate(self.groups):
             for g, completion in enumerate(group.completions):
                 row = logprobs[p * len(group.completions) + g, : len(completion.token_ids)]
@@ -111,6 +114,7 @@ class Rollout:
                     },
                     "advantage": advantages[p, g],
                     "finish_reason": completion.finish_reason,
+                    "policy_step": policy_step,
                 }
 
 

@@ -7,6 +7,7 @@ logprobs.
 
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -30,12 +31,17 @@ from jgrpo.policy.lora import (
 from jgrpo.policy.tracing import traced
 from jgrpo.rollout.protocol import Completion, Sampler, prompt_seeds
 from jgrpo.run.session import Policy, Problems
+from jgrpo.update.learner import Learner, Logprobs, batches_of, together
 
 PROBE_PROMPTS, PROBE_TOKENS, PROBE_SHIFT_NATS, LEAST_SHIFT_NATS = 4, 16, 0.3, 0.01
 PROBE_SHARE = {"float32": 0.01, "bfloat16": 0.5}
 """Largest part of the probe's effect by which the sampler may miss it. An adapter that is ignored
 misses by all of it, one layer's projection that is left out by 0.08 and more; float32 rounding by
 1e-6, bfloat16 by 0.1 or more where the model is sure of its tokens."""
+
+OF_THE_SAMPLER = ("sampler/logprob_diff_mean", "sampler/logprob_diff_max", "sampler/kl")
+GUARD_TOKENS = 4096
+"""Of so many tokens the mean gap is known well enough, whichever they are."""
 
 LARGEST_MEAN_GAP = {"float32": 1e-3, "bfloat16": 0.2}
 """max_mean_logprob_diff where it is not given: several times what rounding explains (nats)."""
@@ -119,6 +125,42 @@ def _gaps(
     gaps = {"probe/gap_mean": to_probe.mean(), "probe/gap_max": to_probe.max(),
             "probe/gap_to_base_mean": to_base.mean()}  # fmt: skip
     return {name: float(value) for name, value in gaps.items()}
+
+
+def gaps_to(
+    adapters: nnx.State, learner: Learner, rows: Mapping[int, Rows]
+) -> dict[int, dict[str, float]]:
+    """What a step's `sampler/` metrics are where it was sampled from older adapters [E, ...] than
+    those that the learner started from: the gap of the sampler's logprobs to theirs, by member, on
+    its first completions, of GUARD_TOKENS tokens or more."""
+    all_rows = together({e: replace(r, trained=None) for e, r in rows.items()})
+    index: dict[int, np.ndarray] = {}
+    start = 0
+    for e, r in rows.items():
+        enough = np.searchsorted(np.cumsum([len(c) for c in r.completions]), GUARD_TOKENS) + 1
+        index[e] = np.arange(start, start + min(int(enough), len(r.completions)))
+        start += len(r.completions)
+    batches = batches_of(learner.configs[0], all_rows, np.concatenate([*index.values()]))
+    known = Logprobs(all_rows)
+    known.add(batches, learner.update.logprobs(adapters, learner.base, batches))
+    found = {}
+    for e, of_member in index.items():
+        gap = np.concatenate([
+            known.values[i, : len(reported)] - np.array(reported, np.float32)
+            for i in of_member for reported in [all_rows.sampler_logprobs[i]]
+        ])  # fmt: skip
+        figures = np.abs(gap).mean(), np.abs(gap).max(initial=0), (np.expm1(gap) - gap).mean()
+        found[e] = {tag: float(x) for tag, x in zip(OF_THE_SAMPLER, figures, strict=True)}
+    return found
+
+
+def of_a_stale_policy(metrics: Mapping[str, float]) -> dict[str, float]:
+    """A member's metrics of an update on what an older policy has sampled: what they call the
+    sampler's gap is how far the policy has moved since."""
+    return {
+        tag.replace("sampler/", "staleness/") if tag in OF_THE_SAMPLER else tag: value
+        for tag, value in metrics.items()
+    }
 
 
 def gap_problem(metrics: Mapping[str, float], config: Config) -> str | None:

@@ -13,6 +13,7 @@ from jgrpo.errors import InputError, short
 from jgrpo.run.checkpoint import Checkpoints
 from jgrpo.run.curves import draw
 from jgrpo.run.rundir import (
+    adapter_folder,
     add_resume,
     check_inputs,
     claimed,
@@ -82,6 +83,12 @@ class Record:
                 f"n_grpo_steps={self.config.n_grpo_steps}: the run has done {self.first} steps; "
                 "ask for more"
             )
+        for step in range(max(0, first - self.config.rollouts_ahead), first):
+            if not (folder := adapter_folder(self.run_dir, step)).is_dir():
+                raise InputError(
+                    f"there is no {folder}, from which rollouts_ahead="
+                    f"{self.config.rollouts_ahead} samples: bring it back, or start a new run"
+                )
         state = self.checkpoints.restore(self.first, state)
         self.keep(self.first, state)
         return state
@@ -141,8 +148,21 @@ def where_it_went(shares: dict[str, float], config: Config) -> str:
     """The largest phases in a line, and what would help most where one thing would."""
     parts = [f"{share:.0%} {name}" for name, share in shares.items() if share >= 0.01]
     line = "where it went: " + ", ".join(parts)
-    if config.rollout == "vllm" and shares.get("generation", 0.0) > 0.5:
-        line += "; the trainer mostly waited for completions: another server would help most"
+    waited = shares.get("generation", 0.0) + shares.get("waiting", 0.0)
+    if config.rollout != "vllm":
+        return line
+    if waited > 0.5:
+        line += (
+            f"; {waited:.0%} of the time the trainer waited for completions: another server would "
+            "help most"
+        )
+    elif waited > 0.2 and not config.rollouts_ahead:
+        line += (
+            f"; for {waited:.0%} of the time the trainer waited for completions: with "
+            "--rollouts_ahead 1 they would be sampled while it trains"
+        )
+    elif config.rollouts_ahead and shares.get("training", 0.0) > 0.5:
+        line += "; the sampler kept up with the trainer: a faster one of those would help most"
     return line
 
 

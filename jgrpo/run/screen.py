@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 
 from rich.console import Console
+from rich.progress import Progress as RichProgress
 from rich.progress import TaskID
 from rich.text import Text
 
@@ -35,12 +36,70 @@ def is_evaluation(tag: str) -> bool:
     return tag.startswith("eval/") or tag == "time/evaluation"
 
 
-class Screen:
-    """A context manager, so that the terminal is whole again after an error.
-
-    `live` and `console` follow the terminal unless given. The seconds of each phase add up in
+class Phases:
+    """What one thread is at, a phase after another, shown in a bar. The seconds of each add up in
     `seconds`, until `take_seconds` hands them over; those that compilation took of them, in
-    `compile`.
+    `compile`, where it is listened to."""
+
+    def __init__(self, progress: RichProgress, compiling: Compilations | None = None) -> None:
+        self.seconds: dict[str, float] = {}
+        self._taken: dict[str, float] = {}
+        self._progress, self._compiling = progress, compiling
+        self._phase: TaskID | None = None
+        self._now, self._since_s = "", 0.0
+        self._lock = threading.Lock()
+
+    def take_seconds(self) -> dict[str, float]:
+        """The seconds of each phase since the last call, as `time/<phase>`."""
+        taken = {f"time/{name}": seconds for name, seconds in self.seconds.items()}
+        self.seconds = {}
+        return taken
+
+    def spent(self, name: str) -> float:
+        """Seconds in a phase so far, the one at work included."""
+        since_s = self._since_s if self._now == name else time.perf_counter()
+        return self._taken.get(name, 0.0) + time.perf_counter() - since_s
+
+    @contextlib.contextmanager
+    def phase(self, name: str, total: int | None = None) -> Iterator[Advance]:
+        """Show and time one phase. Yields `advance(completions, tokens)`, safe from any thread."""
+        if self._phase is not None:
+            self._progress.remove_task(self._phase)
+        task = self._phase = self._progress.add_task(name, total=total, tokens=0)
+
+        n_tokens = 0
+
+        def advance(completions: int, tokens: int = 0) -> None:
+            nonlocal n_tokens
+            with self._lock:
+                n_tokens += tokens
+                self._progress.update(task, advance=completions, tokens=n_tokens)
+
+        self._since_s, compiled_s = time.perf_counter(), self._compiled_s
+        self._now = name
+        try:
+            yield advance
+        finally:
+            self._now = ""
+            self._add_seconds(name, time.perf_counter() - self._since_s)
+            if self._compiling and not is_evaluation(f"time/{name}"):
+                self._add_seconds("compile", self._compiled_s - compiled_s)
+            self._progress.stop_task(task)
+
+    @property
+    def _compiled_s(self) -> float:
+        return self._compiling.seconds if self._compiling else 0.0
+
+    def _add_seconds(self, name: str, seconds: float) -> None:
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+        self._taken[name] = self._taken.get(name, 0.0) + seconds
+
+
+class Screen(Phases):
+    """A context manager, so that the terminal is whole again after an error. Its phases are those
+    of the thread that makes it.
+
+    `live` and `console` follow the terminal unless given.
     """
 
     def __init__(
@@ -53,17 +112,14 @@ class Screen:
     ) -> None:
         self.console = console or _Console(highlight=False)
         self.header_shown = False
-        self.seconds: dict[str, float] = {}
-        self._taken: dict[str, float] = {}
         self._n_steps = n_steps
         self._start_s = time.perf_counter()
-        self._compiling = Compilations(lambda line: self.info(line, style="dim"))
+        self._heard = Compilations(lambda line: self.info(line, style="dim"))
         is_live = self.console.is_terminal if live is None else live
-        self._progress = bars(self.console, is_live, lambda: self._compiling.now)
-        self._steps = self._progress.add_task("steps", total=n_steps, completed=done)
-        self._phase: TaskID | None = None
-        self._lock = threading.Lock()
-        self._progress.start()
+        progress = bars(self.console, is_live, lambda: self._heard.now)
+        super().__init__(progress, self._heard)
+        self._steps = progress.add_task("steps", total=n_steps, completed=done)
+        progress.start()
 
     def __enter__(self) -> "Screen":
         return self
@@ -73,7 +129,7 @@ class Screen:
 
     def close(self) -> None:
         self._progress.stop()
-        self._compiling.close()
+        self._heard.close()
 
     def info(self, text: str, *, style: str = "") -> None:
         """Print text of any origin: nothing in it is taken for markup or a control code."""
@@ -101,45 +157,15 @@ class Screen:
         total_s = time.perf_counter() - self._start_s
         return (
             f"{self._n_steps} steps: this run took {clock(total_s)}, "
-            f"{clock(self._compiling.seconds)} of it compiling"
+            f"{clock(self._heard.seconds)} of it compiling"
         )
+
+    def beside(self) -> Phases:
+        """Those of another thread, in a bar of their own."""
+        return Phases(self._progress)
 
     def shares(self) -> dict[str, float]:
         """Share of this run's time, so far, that each phase took, the largest first."""
         total_s = time.perf_counter() - self._start_s
         spent = {name: s / total_s for name, s in self._taken.items() if name != "compile"}
         return dict(sorted(spent.items(), key=lambda pair: -pair[1]))
-
-    def take_seconds(self) -> dict[str, float]:
-        """The seconds of each phase since the last call, as `time/<phase>`."""
-        taken = {f"time/{name}": seconds for name, seconds in self.seconds.items()}
-        self.seconds = {}
-        return taken
-
-    @contextlib.contextmanager
-    def phase(self, name: str, total: int | None = None) -> Iterator[Advance]:
-        """Show and time one phase. Yields `advance(completions, tokens)`, safe from any thread."""
-        if self._phase is not None:
-            self._progress.remove_task(self._phase)
-        task = self._phase = self._progress.add_task(name, total=total, tokens=0)
-
-        n_tokens = 0
-
-        def advance(completions: int, tokens: int = 0) -> None:
-            nonlocal n_tokens
-            with self._lock:
-                n_tokens += tokens
-                self._progress.update(task, advance=completions, tokens=n_tokens)
-
-        start_s, compiled_s = time.perf_counter(), self._compiling.seconds
-        try:
-            yield advance
-        finally:
-            self._add_seconds(name, time.perf_counter() - start_s)
-            if not is_evaluation(f"time/{name}"):
-                self._add_seconds("compile", self._compiling.seconds - compiled_s)
-            self._progress.stop_task(task)
-
-    def _add_seconds(self, name: str, seconds: float) -> None:
-        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
-        self._taken[name] = self._taken.get(name, 0.0) + seconds

@@ -349,6 +349,8 @@ def open_sampler(
     flags = {"model_id": config.model_id, "lora_r": rank_of(policy.adapter), "dtype": config.dtype,
              "max_prompt_tokens": config.max_prompt_tokens, "max_tokens": config.max_tokens,
              "vllm_url": config.vllm_urls[0], "max_loras": len(policy.scales)}  # fmt: skip
+    if config.rollouts_ahead:
+        flags["rollouts_ahead"] = config.rollouts_ahead
     words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
     return VllmSampler(
         config.vllm_urls,

@@ -1,8 +1,11 @@
 """The vLLM client against a small HTTP server that fails on demand (test_serve.py: a real vLLM)."""
 
 import math
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -448,6 +451,108 @@ def test_several_servers_share_the_prompts_and_each_gets_the_adapter(url, fake, 
         sampler.close()
         assert not fake.adapters
         assert not other.adapters
+
+
+def asked_of(fake: FakeVllm, prompt: int) -> str:
+    """The folder of the adapter that a prompt was sampled from; its server may have it no more."""
+    paths = {body["lora_name"]: body["lora_path"] for body in fake.bodies(LOAD)}
+    [body] = [b for b in fake.bodies(COMPLETIONS) if b["prompt"] == [prompt]]
+    return Path(paths[body["model"]]).name
+
+
+@pytest.mark.parametrize("n_ahead", [1, 2])
+def test_adapters_that_are_held_stay_loaded_beside_newer_ones_until_they_are_let_go(
+    n_ahead, url, fake, tmp_path
+):
+    """As rollouts run ahead: at most K + 1 adapters, each held by the step that it samples."""
+    sampler = sampler_at(url)
+    held: list[tuple[int, VllmSampler]] = []
+    for step in range(6):
+        sampler.load(tmp_path / f"step_{step}")
+        there = sorted(Path(path).name for path in fake.adapters.values())
+        assert there == [f"step_{k}" for k in range(max(0, step - n_ahead), step + 1)]
+        held.append((step, sampler.held()))
+        if len(held) > n_ahead:
+            policy, oldest = held.pop(0)
+            oldest.sample([[20 + policy]], seeds=[0])
+            oldest.close()
+            assert asked_of(fake, 20 + policy) == f"step_{policy}"
+    sampler.sample([[30]], seeds=[0])  # an evaluation between steps
+    assert asked_of(fake, 30) == "step_5"
+    for _, one in held:
+        one.close()
+    sampler.close()
+    assert not fake.adapters
+
+
+def test_an_adapter_in_use_is_not_unloaded_while_another_thread_loads_the_next(url, fake, tmp_path):
+    """The completions of the first are held back until the second is there."""
+    sampler, loaded = sampler_at(url), threading.Event()
+    sampler.load(tmp_path / "first")
+    real = fake.completions
+
+    def completions(body: dict) -> tuple[int, Any]:
+        if body["prompt"] == [17]:
+            assert loaded.wait(10)
+        return real(body)
+
+    fake.completions = completions
+    with ThreadPoolExecutor(1) as pool:
+        under_way = pool.submit(sampler.sample, [[17], [18]], seeds=[0, 10])
+        while not fake.bodies(COMPLETIONS):
+            time.sleep(0.01)
+        sampler.load(tmp_path / "second")
+        assert sorted(map(Path, fake.adapters.values())) == [
+            tmp_path / "first",
+            tmp_path / "second",
+        ]
+        sampler.sample([[19]], seeds=[0])
+        loaded.set()
+        assert [g[0].token_ids[0] for g in under_way.result()] == [17, 18]
+    assert [asked_of(fake, p) for p in (17, 18, 19)] == ["first", "first", "second"]
+    sampler.load(tmp_path / "third")
+    assert [Path(path).name for path in fake.adapters.values()] == ["third"]
+
+
+def test_a_restarted_server_gets_the_adapter_that_is_asked_for_whichever_is_newest(
+    url, fake, tmp_path
+):
+    sampler = sampler_at(url)
+    sampler.load(tmp_path / "old")
+    held = sampler.held()
+    sampler.load(tmp_path / "new")
+    fake.adapters.clear()
+    held.sample([[17]], seeds=[0], group_size=2)
+    assert [Path(path).name for path in fake.adapters.values()] == ["old"]
+    sampler.sample([[18]], seeds=[0])
+    assert sorted(Path(path).name for path in fake.adapters.values()) == ["new", "old"]
+    held.close()
+    sampler.close()
+    assert not fake.adapters
+
+
+def test_who_closes_a_sampler_ends_what_it_is_at_in_another_thread_and_nothing_else(
+    url, fake, tmp_path
+):
+    sampler, go_on = sampler_at(url), threading.Event()
+    sampler.load(tmp_path)
+    fake.change = lambda choices: go_on.wait(20) and choices
+    held = sampler.held()
+    with ThreadPoolExecutor(2) as pool:
+        given_up = pool.submit(held.sample, [[17]], seeds=[0])
+        goes_on = pool.submit(sampler.sample, [[18]], seeds=[0])
+        while len(fake.bodies(COMPLETIONS)) < 2:
+            time.sleep(0.01)
+        start = time.monotonic()
+        held.close()
+        with pytest.raises(CancelledError):
+            given_up.result(timeout=5)
+        assert time.monotonic() - start < 3
+        go_on.set()
+        assert goes_on.result()[0][0].token_ids[0] == 18
+    assert len(fake.adapters) == 1
+    sampler.close()
+    assert not fake.adapters
 
 
 def test_close_does_not_mind_that_the_server_is_gone(fake, tmp_path, caplog):
