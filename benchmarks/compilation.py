@@ -38,12 +38,14 @@ def compile_all(cache: str, n_rollouts: int) -> dict[str, tuple[int, float]]:
     import jax
     import numpy as np
 
+    from jgrpo.policy.batch import emptied
     from jgrpo.policy.lora import stacked_up
+    from jgrpo.policy.mesh import dealt
     from jgrpo.rollout.embedded import JaxSampler
     from jgrpo.run.session import configure_jax
     from jgrpo.study.compare import saved_rows
     from jgrpo.update.learner import Learner, batches_of, parts_of
-    from jgrpo.update.step import _stacked
+    from jgrpo.update.step import STACK
 
     configure_jax()
     shape, spent = SHAPES["135m"], []
@@ -73,11 +75,11 @@ def compile_all(cache: str, n_rollouts: int) -> dict[str, tuple[int, float]]:
     start = len(spent)
     for batch in found.values():
         learner.update.compiled(learner.adapters, base, batch)
-        ((stack, _),) = _stacked([batch])
+        ((stack, _),) = dealt([batch], emptied, learner.mesh.size, STACK)
         learner.update._new_tape.lower(learner.adapters, base, stack).compile()
     learner.update._apply.lower(
         learner.adapters, learner.opt_states,
-        jax.eval_shape(learner.update._zeros, learner.adapters), np.ones(1), learner.rates,
+        learner.update._zeros.eval_shape(learner.adapters), np.ones(1), learner.rates,
     ).compile()  # fmt: skip
     training = since(start)
     sampler = JaxSampler(

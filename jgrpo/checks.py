@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj")
 POSITIVE = (
     *("lora_r", "lora_alpha", "lr", "n_grpo_steps", "n_prompts_per_step", "group_size"),
-    *("epochs_per_step", "micro_batch_size", "expected_maximum_length", "grader_timeout_s"),
+    *("epochs_per_step", "micro_batch_size", "fsdp", "expected_maximum_length", "grader_timeout_s"),
     *(
         "grader_workers",
         "max_prompt_tokens",

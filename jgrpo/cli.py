@@ -26,13 +26,13 @@ KEEP_FREED_MEMORY = (
 )
 CHANGEABLE_ON_RESUME = {
     "n_grpo_steps", "vllm_url", "vllm_timeout_s", "vllm_move_s", "micro_batch_size",
-    "gradient_checkpointing",
+    "gradient_checkpointing", "fsdp",
     "eval_every", "checkpoint_every", "save_total_limit", "checkpoint_keep_period",
     "grader_timeout_s", "grader_workers", "max_logprob_diff", "max_mean_logprob_diff",
     "report_to", "project", "show_every",
 }  # fmt: skip
 """Options that a resumed run may change: none of them changes what a step computes, but for the
-order of sums (micro-batches, recomputation)."""
+order of sums (micro-batches, recomputation, devices)."""
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,10 @@ class Config:
     gradient_checkpointing: bool = False
     """Recompute each layer in the backward pass instead of keeping its activations: a fifth more
     time, for where --dry_run says that training would not fit."""
+    fsdp: int = 1
+    """Devices that share one copy of the base's layers, each holding a part of every kernel: for a
+    base that does not fit on one. The devices there are form groups of so many; each device trains
+    on micro-batches of its own (docs/scale.md)."""
     seed: int = 42
     """Seeds the adapter, the prompt order and the samples."""
 

@@ -140,9 +140,16 @@ def with_signal(advantages: np.ndarray) -> np.ndarray:
 
 
 def micro_batches(
-    rows: Rows, index: np.ndarray, *, micro_batch_size: int, max_prompt_tokens: int, max_tokens: int
+    rows: Rows,
+    index: np.ndarray,
+    *,
+    micro_batch_size: int,
+    max_prompt_tokens: int,
+    max_tokens: int,
+    n_devices: int = 1,
 ) -> list[MicroBatch]:
-    """The completions of `index` as micro-batches of one shape.
+    """The completions of `index` as micro-batches of one shape, which `n_devices` go through side
+    by side.
 
     Each has at most as many tokens as micro_batch_size rows of the longest bucket, but has room for
     a prompt with a row. Shapes are few, since each is a compilation: prompts and rows are as wide
@@ -153,8 +160,14 @@ def micro_batches(
     if not len(index):
         return []
     plans = _plans(rows, index, micro_batch_size, max_prompt_tokens, max_tokens)
-    shape, batches = min(plans, key=lambda plan: len(plan[1]) * plan[0].cost)
+    shape, batches = min(plans, key=lambda plan: ceil(len(plan[1]) / n_devices) * plan[0].cost)
     return [_fill(rows, shape, parts) for parts in batches]
+
+
+def emptied(batch: MicroBatch) -> MicroBatch:
+    """One as large, of which nothing is trained: its sums are zero."""
+    of_tokens = {name: np.zeros_like(getattr(batch, name)) for name in ("mask", "sampler_logprobs")}
+    return batch._replace(advantages=np.zeros_like(batch.advantages), **of_tokens)
 
 
 def largest_micro_batch(

@@ -24,12 +24,14 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     StrictDataclassError,
 )
+from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_safetensors
 from transformers import AutoConfig, PretrainedConfig
 
 from jgrpo.errors import InputError
 from jgrpo.policy.lora import fresh_adapter, split
+from jgrpo.policy.mesh import lies
 from jgrpo.policy.model import Decoder, ModelConfig
 
 LEAF_NAMES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
@@ -164,8 +166,10 @@ def load_model(
     alpha: float = 32,
     target_modules: tuple[str, ...] = (),
     seed: int = 0,
+    mesh: Mesh | None = None,
 ) -> Decoder:
-    """The model of a folder in `dtype`, with a fresh float32 adapter if rank > 0.
+    """The model of a folder in `dtype`, its base on a `mesh`, with a fresh float32 adapter if rank
+    > 0.
 
     Raises InputError as `filled` does.
     """
@@ -173,10 +177,17 @@ def load_model(
     model = abstract_model(folder, **shape)
     # A tied head's weight is a copy of the embedding that some tools write.
     unused = {"lm_head.weight"} if model.config.tied_head else set()
-    return filled(folder, model, unused=unused, seed=seed)
+    return filled(folder, model, unused=unused, seed=seed, mesh=mesh)
 
 
-def filled(folder: Path, module: M, *, unused: Collection[str] = (), seed: int = 0) -> M:
+def filled(
+    folder: Path,
+    module: M,
+    *,
+    unused: Collection[str] = (),
+    seed: int = 0,
+    mesh: Mesh | None = None,
+) -> M:
     """The abstract `module` with the arrays of a folder's tensors, and a fresh adapter if it has
     one; tensors named in `unused` may be there.
 
@@ -190,7 +201,7 @@ def filled(folder: Path, module: M, *, unused: Collection[str] = (), seed: int =
         flat = list(nnx.to_flat_state(base))
         _check(folder, tensors, flat, unused)
         base = nnx.from_flat_state(
-            (path, leaf.replace(_read(folder, tensors, path, leaf))) for path, leaf in flat
+            (path, leaf.replace(_read(folder, tensors, path, leaf, mesh))) for path, leaf in flat
         )
     return nnx.merge(graph, fresh_adapter(adapter, seed), base)
 
@@ -272,15 +283,31 @@ def _check(folder: Path, tensors: dict, flat: list, may_be_unused: Collection[st
         )
 
 
-def _read(folder: Path, tensors: dict, path: tuple, leaf) -> jax.Array:
-    stacked = path[1] == "layers"
-    names = tensor_names(path, leaf.shape)
-    array = np.empty(leaf.shape, jnp.dtype(leaf.dtype))
-    for i, name in enumerate(names):
-        tensor = tensors[name].get_tensor(name)
-        target = array[i] if stacked else array
-        target[...] = tensor.T if path[-1] == "kernel" else tensor
-    filled = jax.block_until_ready(jnp.asarray(array))  # else several copies are in flight
+def _read(folder: Path, tensors: dict, path: tuple, leaf, mesh: Mesh | None) -> jax.Array:
+    """A parameter; of one that is cut over devices, what those of this process hold."""
+    stacked, names = path[1] == "layers", tensor_names(path, leaf.shape)
+    read: dict[str, np.ndarray] = {}
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        if (known := read.get(str(index))) is not None:
+            return known
+        sizes = [len(range(*cut.indices(n))) for cut, n in zip(index, leaf.shape, strict=True)]
+        array = np.empty(sizes, jnp.dtype(leaf.dtype))
+        inner = index[1:] if stacked else index
+        for i, name in enumerate(names[index[0]] if stacked else names):
+            target = array[i] if stacked else array
+            if path[-1] == "kernel":
+                target[...] = tensors[name].get_slice(name)[inner[::-1]].T
+            else:
+                target[...] = tensors[name].get_slice(name)[inner]
+        return read.setdefault(str(index), array)
+
+    if mesh is None:
+        filled = jnp.asarray(part((slice(None),) * len(leaf.shape)))
+    else:
+        there = lies(mesh, path, leaf.shape)
+        filled = jax.make_array_from_callback(leaf.shape, there, part)  # type: ignore[arg-type]
+    jax.block_until_ready(filled)  # else several copies are in flight
     if not _is_finite(filled):
         bad = next(n for n in names if not np.isfinite(tensors[n].get_tensor(n)).all())
         raise InputError(f"the weights in {folder}: {bad} holds NaN or infinity; download it again")

@@ -3,16 +3,20 @@ micro-batch is compiled, and the compiler says what it needs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.errors import JaxRuntimeError
+from jax.sharding import Mesh
 
 from jgrpo.config import Config
 from jgrpo.policy import batch
 from jgrpo.policy.batch import MicroBatch, Rows
+from jgrpo.policy.mesh import lies, make_mesh
 from jgrpo.run.device import free_memory
 from jgrpo.run.session import Policy, sampled_at_once
 from jgrpo.update.learner import update_of
@@ -25,7 +29,7 @@ KNOBS = (
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that the training phase holds at its peak."""
+    """Bytes that the training phase holds at its peak, on each device."""
 
     base: int
     """The frozen weights."""
@@ -88,7 +92,7 @@ def training_memory(
     opt_states = jax.eval_shape(update.init, policy.adapter)
     donated = stats.alias_size_in_bytes - _size(policy.adapter)  # the tape; the gradient is below
     return Memory(
-        base=_size(policy.base),
+        base=_size_on_each(policy.base, update.mesh),
         adapter=2 * _size(policy.adapter) + _size(opt_states),
         activations=donated + stats.temp_size_in_bytes,
         batch=batch,
@@ -97,7 +101,7 @@ def training_memory(
 
 def of_sampling(configs: Sequence[Config], policy: Policy, free: int | None) -> str:
     """How the embedded sampler will use `free` bytes, into which the weights are still to go."""
-    left = None if free is None else free - _size(policy.base)
+    left = None if free is None else free - _size_on_each(policy.base, make_mesh(configs[0].fsdp))
     n, m = sampled_at_once(configs[0], policy, left), configs[0].n_completions_per_step
     return f"the embedded sampler decodes {n} of {m * len(configs)} completions at once"
 
@@ -110,6 +114,14 @@ def is_small(policy: Policy) -> bool:
 
 def _size(tree) -> int:
     return sum(x.size * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
+
+
+def _size_on_each(base: nnx.State, mesh: Mesh) -> int:
+    """On each device, of a base that may be cut over several."""
+    return sum(
+        prod(lies(mesh, path, x.shape).shard_shape(x.shape)) * jnp.dtype(x.dtype).itemsize
+        for path, x in nnx.to_flat_state(base)
+    )
 
 
 def ran_out(error: BaseException) -> bool:

@@ -24,6 +24,7 @@ from jgrpo.errors import InputError, printable, short
 from jgrpo.members import check_together
 from jgrpo.policy import adapter as adapters
 from jgrpo.policy.lora import fresh_adapter, nth, rank_of, split, stacked_up, with_rank
+from jgrpo.policy.mesh import lies, make_mesh
 from jgrpo.policy.weights import (
     abstract_model,
     load_model,
@@ -127,6 +128,7 @@ def open_session(
     that are resumed ask what they asked, with the date of their start where a template writes one.
     """
     check_together(configs)
+    make_mesh(configs[0].fsdp)  # or says why not
     for config in configs:
         check_installed(config.report_to)
     shared = configs[0]
@@ -272,13 +274,15 @@ def open_policy(config: Config, *, abstract: bool = False) -> Policy:
         "alpha": config.lora_alpha,
         "target_modules": config.lora_target_modules,
     }
-    shapes = Policy(*split(abstract_model(folder, **shape)))
+    shapes, mesh = Policy(*split(abstract_model(folder, **shape))), make_mesh(config.fsdp)
+    for path, leaf in nnx.to_flat_state(shapes.base):
+        lies(mesh, path, leaf.shape)  # or says why not
     start = adapters.load(Path(config.adapter), shapes.adapter) if config.adapter else None
     if config.adapter:
         _warn_of_another_base(config)
     if abstract:
         return shapes
-    policy = Policy(*split(load_model(folder, **shape, seed=config.seed)))
+    policy = Policy(*split(load_model(folder, **shape, seed=config.seed, mesh=mesh)))
     return policy if start is None else replace(policy, adapter=start)
 
 

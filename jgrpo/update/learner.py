@@ -17,12 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 
 from jgrpo.config import Config
 from jgrpo.losses import LOSSES
 from jgrpo.policy.attention import chosen
 from jgrpo.policy.batch import MicroBatch, Rows, completion_mask, micro_batches, with_signal
 from jgrpo.policy.lora import nth, stacked_up, switched_off, with_rank
+from jgrpo.policy.mesh import make_mesh, placed
 from jgrpo.update.optimizer import adam, learning_rate
 from jgrpo.update.step import Arrays, Loss, Objective, Tree, Update, loss_denominator
 
@@ -107,12 +109,14 @@ def parts_of(config: Config, rows: Rows) -> list[Part]:
     return parts
 
 
-def batches_of(config: Config, rows: Rows, index: np.ndarray) -> list[MicroBatch]:
+def batches_of(
+    config: Config, rows: Rows, index: np.ndarray, n_devices: int = 1
+) -> list[MicroBatch]:
     """Some completions of a rollout, as a config cuts them."""
     c = config
     return micro_batches(
         rows, index, micro_batch_size=c.micro_batch_size,
-        max_prompt_tokens=c.max_prompt_tokens, max_tokens=c.max_tokens,
+        max_prompt_tokens=c.max_prompt_tokens, max_tokens=c.max_tokens, n_devices=n_devices,
     )  # fmt: skip
 
 
@@ -148,7 +152,7 @@ class Learner:
     """Holds the members' `adapters` and `opt_states`, [E, ...] each, smaller ranks filled up with
     zeros, and changes them a rollout at a time; `skipped_in_a_row` [E] counts the last updates that
     were not finite. `starts` are the adapters that the runs began from, where those are not
-    `adapters` themselves; `scales` as in `Update`."""
+    `adapters` themselves; `scales` as in `Update`. It computes on `mesh`, else on all devices."""
 
     def __init__(
         self,
@@ -159,11 +163,17 @@ class Learner:
         *,
         starts: nnx.State | None = None,
         scales: Sequence[float] | None = None,
+        mesh: Mesh | None = None,
     ):
-        self.configs, self.base, self.adapters = list(configs), base, adapters
-        self.starts = adapters if starts is None else starts
+        self.configs = list(configs)
+        self.mesh = make_mesh(self.configs[0].fsdp) if mesh is None else mesh
+        self.base, self.adapters = (
+            placed(self.mesh, base, "base"),
+            placed(self.mesh, adapters, "all"),
+        )
+        self.starts = self.adapters if starts is None else starts
         self.rates = learning_rates(self.configs)
-        self.update = update_of(self.configs, graph, adapters, base, scales)
+        self.update = update_of(self.configs, graph, adapters, base, scales, self.mesh)
         self.opt_states = self.update.init(adapters)
         self.skipped_in_a_row = [0] * len(self.configs)
 
@@ -197,7 +207,7 @@ class Learner:
         @cache
         def batches(turn: Turn) -> list[MicroBatch]:
             index = np.concatenate([first[e] + parts[e][p].index for e, p in turn])
-            return batches_of(self.configs[0], rollout, index)
+            return batches_of(self.configs[0], rollout, index, self.mesh.size)
 
         old, ref = Logprobs(rollout), Logprobs(rollout)
         for turn in part_by_part(parts, [e for e in parts if len(parts[e]) > 1]):
@@ -255,6 +265,7 @@ def update_of(
     adapters: nnx.State,
     base: nnx.State,
     scales: Sequence[float] | None = None,
+    mesh: Mesh | None = None,
 ) -> Update:
     """The update that members ask for; of the arrays only the shapes count."""
     shared, head_width = configs[0], nnx.merge(graph, adapters, base).config.head_width
@@ -267,6 +278,7 @@ def update_of(
         checkpoint=shared.gradient_checkpointing,
         entropy_gradient=any(c.entropy_coef > 0 for c in configs),
         attn_implementation=chosen(shared.attn_implementation, shared.dtype, head_width),
+        mesh=make_mesh(shared.fsdp) if mesh is None else mesh,
     )
 
 

@@ -6,7 +6,8 @@ of any of them, and a member's gradient comes from its own alone.
 
 Gradients are sums over micro-batches, divided once by the denominator of the member's whole
 rollout; then one optimizer update each. Adapters and optimizer states are donated; of an update its
-logprobs return to the host. Nothing here forbids a mesh.
+logprobs return to the host. Each device of a mesh goes through micro-batches of its own
+(`policy/mesh.py`): what is written here is what one does.
 """
 
 import weakref
@@ -19,12 +20,22 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 
 from jgrpo.losses import Terms, k3
 from jgrpo.policy.backend import backend
-from jgrpo.policy.batch import MicroBatch
+from jgrpo.policy.batch import MicroBatch, emptied
 from jgrpo.policy.logprobs import head_logprobs, hidden_states, token_logprobs
 from jgrpo.policy.lora import side_by_side
+from jgrpo.policy.mesh import (
+    added_up,
+    collected,
+    dealt,
+    gathered_when_read,
+    make_mesh,
+    on_each,
+    placed,
+)
 from jgrpo.policy.model import Decoder
 from jgrpo.policy.tape import Tape
 from jgrpo.policy.tracing import traced
@@ -67,7 +78,8 @@ class Update:
     `objectives` are the members', one each; `scales` multiply their B's beside what the graph does
     (`lora.side_by_side`). Without old_logprobs the policy is the one that sampled (first update of
     a rollout): they equal the logprobs, and no pass is spent; where one is NaN, it does so too.
-    `entropy_gradient` lets the losses see that of the entropies.
+    `entropy_gradient` lets the losses see that of the entropies. Without a `mesh` it is that of all
+    devices.
     """
 
     def __init__(
@@ -81,6 +93,7 @@ class Update:
         checkpoint: bool = False,
         entropy_gradient: bool = False,
         attn_implementation: str = "xla",
+        mesh: Mesh | None = None,
     ):
         alone = [Objective(objectives)] if callable(objectives) else objectives
         self.graph, self.objectives, self.optimizer = graph, [*alone], optimizer
@@ -95,11 +108,33 @@ class Update:
             "entropy_gradient": entropy_gradient,
         }
         self._tape: Tape | None = None
+        self.mesh = mesh = make_mesh() if mesh is None else mesh
         me = weakref.proxy(self)  # no cycle: the tape goes with the last reference, not some day
-        self._new_tape = jax.jit(lambda *given: me._blank_tape(*given))
-        self._accumulate = jax.jit(lambda *given: me._through_stack(*given), donate_argnums=(0, 1))
-        self._forward = jax.jit(lambda *given: me._logprobs_of_stack(*given))
-        self._apply = jax.jit(lambda *given: me._optimizer_steps(*given), donate_argnums=(0, 1))
+        self._zeros = on_each(mesh, lambda *given: me._no_sums(*given), ["all"], "each")
+        self._new_tape = on_each(
+            mesh, lambda *given: me._blank_tape(*given), ["all", "base", "each"], "each"
+        )
+        self._accumulate = on_each(
+            mesh,
+            lambda *given: me._through_stack(*given),
+            ["each", "each", "all", "base", "each", "all", "each", "each"],
+            "each",
+            donated=(0, 1),
+        )
+        self._forward = on_each(
+            mesh,
+            lambda *given: me._logprobs_of_stack(*given),
+            ["all", "base", "each", "all"],
+            "each",
+        )
+        self._apply = on_each(
+            mesh,
+            lambda *given: me._optimizer_steps(*given),
+            ["all", "all", "each", "all", "all"],
+            "all",
+            donated=(0, 1),
+        )
+        self._added_up = on_each(mesh, lambda total: me._of_all(total), ["each"], "all")
 
     def __call__(
         self,
@@ -122,9 +157,10 @@ class Update:
         rates by the count of updates made. The logprobs are what a second update on the same
         rollout takes as old_logprobs.
         """
+        adapters, opt_states = placed(self.mesh, (adapters, opt_states), "all")
         total, logprobs = self._sum(adapters, base, batches, old_logprobs, ref_logprobs)
         new = self._apply(adapters, opt_states, total, denominators, rates)
-        return *new, _unstacked(logprobs)
+        return *new, logprobs
 
     def init(self, adapters: Tree) -> Tree:
         """The optimizer states of [E, ...] adapters."""
@@ -132,8 +168,12 @@ class Update:
 
     def logprobs(self, adapters, base, batches: Sequence[MicroBatch]) -> Arrays:
         """A forward pass alone: the policies' logprobs."""
-        stacks = _stacked(batches)
-        return _unstacked([(self._forward(adapters, base, stack, n), n) for stack, n in stacks])
+        adapters, base = placed(self.mesh, adapters, "all"), placed(self.mesh, base, "base")
+        stacks = [
+            (self._forward(adapters, base, stack, n), n)
+            for stack, n in dealt(batches, emptied, self.mesh.size, STACK)
+        ]
+        return collected(stacks, self.mesh.size, len(batches))
 
     def tags(self, e: int) -> list[str]:
         """The metrics that say something of a member: its loss has others than another one's."""
@@ -146,12 +186,12 @@ class Update:
     def gradient(self, adapters, base, batches, denominator) -> Tree:
         """The gradient alone, as the optimizers would see it before clipping."""
         total, _ = self._sum(adapters, base, batches, None, None)
-        return jax.tree.map(lambda g: g / denominator, total.gradient)
+        return jax.tree.map(lambda g: g / denominator, self._added_up(total).gradient)
 
     def compiled(self, adapters, base, batch: MicroBatch) -> jax.stages.Compiled:
         """The program of a shape of micro-batch (first update of a rollout), of shapes alone."""
-        total = jax.eval_shape(self._zeros, adapters)
-        (stacked,) = _stacked([batch])
+        total = self._zeros.eval_shape(adapters)
+        (stacked,) = dealt([batch], emptied, self.mesh.size, STACK)
         tape = self._new_tape.eval_shape(adapters, base, stacked[0])
         return self._accumulate.lower(total, tape, adapters, base, *stacked, None, None).compile()
 
@@ -164,17 +204,20 @@ class Update:
         return sum(f._cache_size() for f in programs)  # type: ignore[attr-defined]
 
     def _model(self, adapters, base) -> Decoder:
+        base = gathered_when_read(self.mesh, base)
         return nnx.merge(self.graph, side_by_side(adapters, self.scales), base)
 
     def _sum(self, adapters, base, batches, old, ref):
-        """The sums, and each stack's logprobs with how many of its micro-batches count."""
+        """The sums of each device, and the logprobs."""
+        adapters, base = placed(self.mesh, adapters, "all"), placed(self.mesh, base, "base")
         total, logprobs, nothing = self._zeros(adapters), [], [None] * len(batches)
-        given = zip(batches, old or nothing, ref or nothing, strict=True)
-        for (stack, o, r), n in _stacked([*given]):
+        given = [*zip(batches, old or nothing, ref or nothing, strict=True)]
+        empty = lambda last: (emptied(last[0]), *last[1:])  # noqa: E731
+        for (stack, o, r), n in dealt(given, empty, self.mesh.size, STACK):
             tape = self._take_tape(adapters, base, stack)
             total, self._tape, new = self._accumulate(total, tape, adapters, base, stack, n, o, r)
             logprobs.append((new, n))
-        return total, logprobs
+        return total, collected(logprobs, self.mesh.size, len(batches))
 
     def _take_tape(self, adapters, base, stack: MicroBatch) -> Tape | None:
         """The last program's tape, or a new one where it does not fit this one."""
@@ -224,7 +267,7 @@ class Update:
 
         return jax.lax.fori_loop(0, n, step, jnp.zeros(stack.mask.shape))
 
-    def _zeros(self, adapters) -> Sums:
+    def _no_sums(self, adapters) -> Sums:
         zeros = lambda: jnp.zeros(len(self.objectives))  # noqa: E731
         names = {*OUR_SUMS}.union(*(_metrics_of(o.loss) for o in self.objectives))
         gradient = jax.tree.map(jnp.zeros_like, adapters)
@@ -279,8 +322,13 @@ class Update:
                 terms[name] = terms.get(name, none).at[np.array(which)].set(x)
         return terms
 
+    def _of_all(self, total: Sums) -> Sums:
+        sums, largest_gap = added_up(self.mesh, total[:2], total.largest_gap)
+        return Sums(sums[0], sums[1], largest_gap)
+
     def _optimizer_steps(self, adapters, opt_states, total: Sums, denominators, rates):
         traced("optimizer", f"{len(jax.tree.leaves(adapters))} arrays")
+        total = self._of_all(total)
         return jax.vmap(self._optimizer_step)(adapters, opt_states, total, denominators, rates)
 
     def _optimizer_step(self, adapter, opt_state, total: Sums, denominator, rates):
@@ -316,19 +364,6 @@ def _nth(stack: Tree, i: jax.Array) -> Tree:
     """The i-th of a stack, or of several (x[i] is code for negative i too)."""
     i = i.astype(jnp.uint32)
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), stack)
-
-
-def _stacked(batches: Sequence[Tree]) -> list[tuple[Tree, int]]:
-    """Micro-batches of one shape (or what belongs to each) as stacks with a leading axis of STACK,
-    and how many of each count: the last one is filled up."""
-    parts = [batches[start : start + STACK] for start in range(0, len(batches), STACK)]
-    filled = [[*part, *[part[-1]] * (STACK - len(part))] for part in parts]
-    stacks = [jax.tree.map(lambda *x: np.stack(x), *part) for part in filled]
-    return list(zip(stacks, map(len, parts), strict=True))
-
-
-def _unstacked(arrays: Sequence[tuple[jax.Array, int]]) -> Arrays:
-    return [x for stack, n in arrays for x in np.asarray(stack)[:n]]
 
 
 @cache

@@ -15,12 +15,13 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 from jgrpo.losses import LOSSES
 from jgrpo.policy import backend
-from jgrpo.policy.batch import MicroBatch, Rows
+from jgrpo.policy.batch import MicroBatch, Rows, emptied
 from jgrpo.policy.lora import split
+from jgrpo.policy.mesh import dealt
 from jgrpo.policy.weights import load_model
 from jgrpo.rollout.decoding import grown
 from jgrpo.rollout.embedded import JaxSampler
-from jgrpo.update.step import Update, _stacked, adam
+from jgrpo.update.step import STACK, Update, adam
 
 VOCAB, WIDTH, FF, HEADS = 67, 32, 48, 4
 LENGTHS = (27, 4, 11, 30)
@@ -57,7 +58,7 @@ def lowered(jitted, *args, **options) -> str:
 def update_text(parts, attention: str) -> str:
     graph, adapter, base = parts
     update = Update(graph, LOSSES["grpo"], adam(0.01), attn_implementation=attention)
-    ((stack, n),) = _stacked([make_batch()])
+    ((stack, n),) = dealt([make_batch()], emptied, 1, STACK)
     total = update._zeros(adapter)
     return lowered(update._accumulate, total, None, adapter, base, stack, n, None, None)
 
