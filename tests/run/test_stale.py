@@ -1,0 +1,143 @@
+"""jgrpo.run.stale: under 16-bit noise, the adapter before is told from the right one."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from tiny_run import tiny_config
+
+from jgrpo.policy.batch import Rows, micro_batches
+from jgrpo.policy.logprobs import token_logprobs
+from jgrpo.policy.lora import fresh_adapter, nth, side_by_side, stacked_up
+from jgrpo.run import session
+from jgrpo.run.session import open_policies
+from jgrpo.run.stale import LEAST_COMPLETIONS, Slope, of_group
+
+G = 8
+
+
+def one_step(rng, of_before: float, moved=0.005, noise=0.03, tokens=60):
+    """A group's x and y: an update moves a token's logprob by `moved`, the sampler's noise has the
+    tails of Student's t with 2.5 degrees of freedom, and a part of it is a completion's own."""
+    x, y = [], []
+    for _ in range(G):
+        n = int(rng.integers(2, 2 * tokens))
+        x.append(moved * rng.standard_normal(n))
+        own = 0.3 * noise * rng.standard_normal()
+        y.append(of_before * x[-1] + noise * rng.standard_t(2.5, n) + own * rng.standard_normal(n))
+    return x, y
+
+
+def test_slope_and_error_are_those_of_the_closed_form():
+    """Of all tokens at once, with the sums kept whole for one step."""
+    rng = np.random.default_rng(0)
+    x, y = one_step(rng, 0.4)
+    x, y = [*x, *x], [*y, *[b + 0.01 for b in y]]
+    slope = Slope()
+    slope.add(x, y)
+    all_x, all_y = np.concatenate(x), np.concatenate(y)
+    expected = np.linalg.lstsq(all_x[:, None], all_y, rcond=None)[0][0]
+    meat = sum(np.dot(a, b - expected * a) ** 2 for a, b in zip(x, y, strict=True))
+    assert slope.value == pytest.approx(expected, rel=1e-12)
+    assert slope.error == pytest.approx(np.sqrt(meat * 16 / 15) / np.dot(all_x, all_x), rel=1e-9)
+
+
+def test_its_intervals_hold_the_truth_as_often_as_they_say():
+    rng, inside = np.random.default_rng(1), 0
+    for _ in range(1000):
+        slope = Slope()
+        for _ in range(4):
+            slope.add(*one_step(rng, 0.0))
+        inside += abs(slope.value) < 1.96 * slope.error
+    assert 920 <= inside <= 980  # 95 %, on some 28 completions
+
+
+def test_nothing_is_said_of_few_completions_or_of_adapters_that_are_one():
+    slope = Slope()
+    slope.add([np.ones(5)] * (LEAST_COMPLETIONS - 1), [np.ones(5)] * (LEAST_COMPLETIONS - 1))
+    assert np.isnan(slope.error)
+    assert not slope.is_stale
+    same = Slope()
+    same.add([np.zeros(5)] * 20, [np.ones(5)] * 20)
+    assert np.isnan(same.value)
+    assert not same.is_stale
+
+
+def test_no_false_alarm_in_ten_thousand_honest_steps():
+    rng = np.random.default_rng(2)
+    slopes = [Slope() for _ in range(10)]
+    for slope in slopes:
+        for _ in range(1000):
+            slope.add(*one_step(rng, 0.0))
+            assert not slope.is_stale
+
+
+@pytest.mark.parametrize(("share", "moved"), [(1.0, 0.005), (0.5, 0.015)])
+def test_a_sampler_that_stays_behind_is_found_although_no_mean_shows_it(share, moved):
+    """From some step on all tokens are the adapter's before, or half of them are."""
+    rng, slope = np.random.default_rng(3), Slope()
+    honest, behind = [], []
+    for _ in range(10):
+        x, y = one_step(rng, 0.0, moved)
+        honest.append(np.abs(np.concatenate(y)).mean())
+        slope.add(x, y)
+    for _ in range(60):
+        right, wrong = one_step(rng, 0.0, moved), one_step(rng, 1.0, moved)
+        half = int(G * share)
+        x, y = (a[half:] + b[:half] for a, b in zip(right, wrong, strict=True))
+        behind.append(np.abs(np.concatenate(y)).mean())
+        slope.add(x, y)
+        if slope.is_stale:
+            break
+    assert slope.is_stale
+    assert np.mean(behind) < 1.1 * np.mean(honest)
+
+
+@pytest.fixture(scope="module")
+def policy(root):
+    session.configure_jax()
+    config = tiny_config(root, dtype="bfloat16", lora_r=2)
+    return config, open_policies([config])
+
+
+def logprobs_in_16_bits(config, policy, adapter, rows):
+    adapter = side_by_side(stacked_up([adapter]), policy.scales)
+    n, found = len(rows.completions), {}
+    limits = {"max_prompt_tokens": config.max_prompt_tokens, "max_tokens": config.max_tokens}
+
+    @jax.jit
+    def logprobs(adapter, base, batch):
+        return token_logprobs(nnx.merge(policy.graph, adapter, base), batch)[0]
+
+    for batch in micro_batches(rows, np.arange(n), micro_batch_size=n, **limits):
+        values = np.asarray(logprobs(adapter, policy.base, batch))
+        found |= dict(zip(batch.completions.tolist(), values, strict=True))
+    return [found[i][: len(c)].tolist() for i, c in enumerate(rows.completions)]
+
+
+@pytest.mark.parametrize(("sampled_by", "expected"), [("right", 0.0), ("before", 1.0)])
+def test_a_model_in_16_bits_is_told_from_itself_one_small_update_ago(policy, sampled_by, expected):
+    """The sampler is the model in bfloat16, whose noise is larger than the update."""
+    config, policy = policy
+    rng, like = np.random.default_rng(4), nth(policy.adapter, 0)
+    before = jax.tree.map(lambda x: x + 0.02, fresh_adapter(like, 5))
+    step = fresh_adapter(like, 6)
+    right = jax.tree.map(lambda x, s: x + 1e-4 * jnp.sign(s + 1e-9), before, step)
+    slope, gaps, moves = Slope(), [], []
+    for _ in range(12):
+        prompt = rng.integers(3, 19, 9).tolist()
+        completions = [rng.integers(3, 19, 20).tolist() for _ in range(G)]
+        zero = [[0.0] * 20] * G
+        rows = Rows([prompt] * G, completions, zero, np.zeros(G, np.float32))
+        adapter = {"right": right, "before": before}[sampled_by]
+        sampled = logprobs_in_16_bits(config, policy, adapter, rows)
+        x, y = of_group(policy, 0, right, before, replace(rows, sampler_logprobs=sampled), config)
+        slope.add(x, y)
+        moves.append(np.abs(np.concatenate(x)).mean())
+        gaps.append(np.abs(np.concatenate(y)).mean())
+    assert np.mean(gaps) > np.mean(moves)  # the noise is the larger
+    assert slope.value == pytest.approx(expected, abs=0.15)
+    assert slope.is_stale == (sampled_by == "before")
