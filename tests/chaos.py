@@ -1,10 +1,11 @@
 """Kill a run again and again, resume it each time: is it in the end the run that nobody killed?
 
-    python tests/chaos.py --kills 100
+    python tests/chaos.py --kills 100 [--members 3]
 
 Each life of the run is a process of its own that gets SIGKILL: some while they start, the others
 a random moment after a file of a random phase appeared in the run folder. Lives are forked from a
-process that has imported everything and computed nothing, so that one takes seconds.
+process that has imported everything and computed nothing, so that one takes seconds. With several
+members, a life trains that many runs side by side.
 """
 
 import argparse
@@ -45,45 +46,51 @@ START_S, PHASE_S = 4.0, 0.05
 """A kill comes within this time of a life's start, or of the file (then mostly at once)."""
 
 
-def chaos(root: Path, *, kills: int, seed: int = 0) -> Counter[str]:
-    """Two runs of one config in `root`, one of them killed `kills` times -> where the kills hit.
+def chaos(root: Path, *, kills: int, seed: int = 0, members: int = 1) -> Counter[str]:
+    """Two runs of one config in `root`, one of them killed `kills` times -> where the kills hit (by
+    the first of several members).
 
     AssertionError if the runs differ in anything but the clock, or the killed one left a trace.
     """
     write_base(root / "base")
     write_problems(root)
     options = {"n_grpo_steps": 2 * kills + 8, "eval_every": 5, "checkpoint_keep_period": 10}
-    config = tiny_config(root, **options, run_dir=str(root / "calm"))
+    calm, killed = (
+        [tiny_config(root, **options, seed=e, run_dir=str(root / f"{name}{e}"))
+         for e in range(members)]
+        for name in ("calm", "killed")
+    )  # fmt: skip
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["jgrpo.train"])
 
-    def start(config: Config, log: Path) -> multiprocessing.Process:
-        process = context.Process(target=live, args=(config, dict(os.environ), str(log)))
+    def start(configs: list[Config], log: Path) -> multiprocessing.Process:
+        process = context.Process(target=live, args=(configs, dict(os.environ), str(log)))
         process.start()
         return process
 
-    calm = start(config, root / "calm.log")
-    calm.join()
-    assert calm.exitcode == 0, (root / "calm.log").read_text()
-    rng, hits = random.Random(seed), Counter()
-    killed, log = tiny_config(root, **options, run_dir=str(root / "killed")), root / "killed.log"
+    process = start(calm, root / "calm.log")
+    process.join()
+    assert process.exitcode == 0, (root / "calm.log").read_text()
+    rng, hits, log = random.Random(seed), Counter(), root / "killed.log"
     while True:
         process = start(killed, log)
         if hits.total() < kills:
-            await_a_moment(root / "killed", process, rng, rng.choice(list(WATCHED)))
+            run = root / f"killed{rng.randrange(members)}"
+            await_a_moment(run, process, rng, rng.choice(list(WATCHED)))
             process.kill()
         process.join()
         if process.exitcode == 0 and hits.total() >= kills:
             break
         assert process.exitcode in (0, -9), log.read_text()
         if process.exitcode:
-            hits[where(root / "killed")] += 1
-    check_equal(root / "calm", root / "killed")
+            hits[where(root / "killed0")] += 1
+    for e in range(members):
+        check_equal(root / f"calm{e}", root / f"killed{e}")
     return hits
 
 
-def live(config: Config, environment: dict[str, str], log: str) -> None:
-    """One life, in a process of its own: the first command, or --resume once it has begun."""
+def live(configs: list[Config], environment: dict[str, str], log: str) -> None:
+    """One life, in a process of its own: the first command, or --resume of what has begun."""
     os.environ.update(environment)
     for number in (1, 2):
         os.dup2(os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
@@ -97,8 +104,9 @@ def live(config: Config, environment: dict[str, str], log: str) -> None:
         train.jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
     train.configure_jax = configure_jax
-    run = Path(config.run_dir)
-    train.train(config, resume=run if (run / "config.json").exists() else None)
+    runs = [Path(config.run_dir) for config in configs]
+    begun = [run if (run / "config.json").exists() else None for run in runs]
+    train.train_together(configs, begun)
 
 
 def await_a_moment(run: Path, process, rng: random.Random, aim: str) -> None:
@@ -168,11 +176,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--members", type=int, default=1)
     asked = parser.parse_args()
     start_s = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{folder}/xla")
-        hits = chaos(Path(folder), kills=asked.kills, seed=asked.seed)
+        hits = chaos(Path(folder), kills=asked.kills, seed=asked.seed,
+                     members=asked.members)  # fmt: skip
     for place, n in hits.most_common():
         print(f"{n:4} {place}")
     print(f"{hits.total()} kills survived, {time.monotonic() - start_s:.0f} s: to the bit the same")

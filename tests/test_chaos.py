@@ -6,8 +6,9 @@ from chaos import chaos
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("shared_compilation_cache")
-def test_a_run_that_is_killed_ten_times_is_the_run_that_nobody_killed(tmp_path):
-    hits = chaos(tmp_path, kills=10)
+@pytest.mark.parametrize("members", [1, 2])
+def test_a_run_that_is_killed_ten_times_is_the_run_that_nobody_killed(members, tmp_path):
+    hits = chaos(tmp_path, kills=10, members=members)
     print(hits)
     assert hits.total() == 10
     assert len(hits) >= 4, hits  # not all in one place
