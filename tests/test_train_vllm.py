@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 import threading
+import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ from jgrpo.rollout.vllm import VllmSampler
 from jgrpo.run.checkpoint import Checkpoints
 from jgrpo.run.rundir import read_metrics
 from jgrpo.train import train, train_together
+from jgrpo.update import Learner
 
 pytestmark = [
     pytest.mark.usefixtures("shared_compilation_cache"),
@@ -387,6 +389,54 @@ def test_two_steps_on_real_problems(name, qwen, qwen_url):
         assert "\\boxed{}" in row["prompt"]
         assert row["gold"]
     assert [row["eval/total"] for row in read_metrics(run) if "eval/total" in row] == [4.0, 4.0]
+
+
+# -- rollouts that run ahead -------------------------------------------------------------------
+
+
+def test_rollouts_run_ahead_through_a_server_that_is_slow(config, tmp_path, monkeypatch):
+    """Each reply takes two seconds more: most of them pass while a step is trained, which takes as
+    long here. The server holds the adapters of two steps, and each is the one that it should be."""
+    real, n_loaded = Server.complete, []
+
+    async def complete(self, client, body, policies, member):
+        completions = await real(self, client, body, policies, member)
+        n_loaded.append(sum(bool(names) for names in self.loaded.values()))
+        await asyncio.sleep(2)
+        return completions
+
+    def learn(self, rows):
+        time.sleep(2)
+        return real_learn(self, rows)
+
+    real_learn = Learner.learn
+    monkeypatch.setattr(Server, "complete", complete)
+    monkeypatch.setattr(Learner, "learn", learn)
+    with vllm_server(
+        Path(config.model_id), tmp_path / "server.log", rollouts_ahead=1, lora_r=config.lora_r,
+        max_tokens=config.max_tokens, max_prompt_tokens=config.max_prompt_tokens,
+    ) as address:  # fmt: skip
+        run = train(dataclasses.replace(
+            config, vllm_url=address, rollouts_ahead=1, n_grpo_steps=6, eval_every=3,
+            base_dir=str(tmp_path / "runs"),
+        ))  # fmt: skip
+        assert adapters_on(address) == []
+    check_files(run, 6)
+    for row in steps_of(run):
+        assert 0 < row["sampler/logprob_diff_max"] < 1e-3
+        assert row["staleness/steps"] == min(1, row["step"] - 1)
+        rows = read_lines(run / "rollouts" / f"step_{row['step']:06d}.jsonl")
+        assert {r["policy_step"] for r in rows} == {max(0, row["step"] - 2)}
+    rows = read_lines(run / "rollouts" / "step_000005.jsonl")[:12]
+    reported = np.concatenate([row["sampler_logprobs"] for row in rows])
+    gaps = [
+        np.abs(reported - peft_logprobs(Path(config.model_id), run / "adapters" / name, rows, 1.0))
+        for name in ("step_000003", "step_000004", "step_000002")
+    ]
+    assert gaps[0].max() < 1e-4 < 1e-3 < min(gaps[1].max(), gaps[2].max())
+    assert max(n_loaded) == 2
+    hidden = [row["time/generation"] - row["time/waiting"] for row in steps_of(run)[2:]]
+    assert min(hidden) > 1
 
 
 # -- several runs through one server ----------------------------------------------------------

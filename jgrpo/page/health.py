@@ -77,12 +77,15 @@ def _unsure(metrics: Mapping[str, Series]) -> dict[str, Series]:
 
 
 def where_time_went(metrics: Mapping[str, Series]) -> dict[str, float]:
-    """Seconds of the whole run by phase; "other" is the rest of the steps. Evaluations and the
-    first step's compilation are part of it."""
+    """Seconds of the whole run by phase, compilation in each; "other" is the rest of the steps,
+    and evaluations come on top. Where rollouts ran ahead, what the trainer waited for them stands
+    in place of what they took."""
     total = {t.removeprefix("time/"): sum(v or 0.0 for v in values)
              for t, (_, values) in metrics.items() if t.startswith("time/")}  # fmt: skip
     whole = total.pop("step", 0.0)
-    phases = {name: total[name] for name in PHASES if name in total}
+    ahead = any(metrics.get("staleness/steps", ([], []))[1])
+    names = ("waiting", *PHASES[2:]) if ahead else PHASES
+    phases = {name: total[name] for name in names if name in total}
     rest = max(0.0, whole - sum(phases.values()))
-    others = {name: s for name, s in total.items() if name not in PHASES}
-    return {**phases, **({"other": rest} if whole else {}), **others}
+    evaluation = {name: total[name] for name in ("evaluation",) if name in total}
+    return {**phases, **({"other": rest} if whole else {}), **evaluation}

@@ -29,7 +29,7 @@ CHARTS = {
         "gap": ["sampler/logprob_diff_mean", "sampler/logprob_diff_max"],
         "shares": ["train/.*_fraction"],
     },
-    "seconds of a step": {"by phase": ["time/.*"]},
+    "seconds of a step": {"by phase": ["time/(?!useful).*"]},
 }
 """Curves that are read together, in one chart each (the tab `custom scalars`)."""
 

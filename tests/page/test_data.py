@@ -174,6 +174,11 @@ def test_the_seconds_of_a_run_add_up():
     metrics = {"time/step": ([1, 2], [3.0, 3.0]), "time/generation": ([1, 2], [1.0, 1.5]),
                "time/evaluation": ([2], [4.0])}  # fmt: skip
     assert where_time_went(metrics) == {"generation": 2.5, "other": 3.5, "evaluation": 4.0}
+    beside = {"waiting": [1.0, 0.5], "sampler_idle": [2.0, 1.5], "useful_tokens_per_s": [9.0, 9.0]}
+    metrics |= {f"time/{name}": ([1, 2], values) for name, values in beside.items()}
+    assert where_time_went(metrics) == {"generation": 2.5, "other": 3.5, "evaluation": 4.0}
+    metrics |= {"staleness/steps": ([1, 2], [0.0, 1.0])}
+    assert where_time_went(metrics) == {"waiting": 1.5, "other": 4.5, "evaluation": 4.0}
 
 
 # -- the reports, and the page as a file ------------------------------------------------------
