@@ -261,6 +261,11 @@ def without_effect(c: Any) -> list[str]:
                 "(epochs_per_step=1, updates_per_epoch=1): the update starts from the old "
                 "policy, so every ratio is 1, nothing is clipped, and the KL has no gradient"
             )
+    if c.rollouts_ahead and c.rollout == "jax":
+        warnings.append(
+            f"rollouts_ahead={c.rollouts_ahead} with rollout=jax gains little: sampling and "
+            "training share the device and its memory; it is for --rollout vllm"
+        )
     if c.eval_top_p < 1 and c.eval_temperature == 0:
         warnings.append(
             f"eval_top_p={c.eval_top_p} changes nothing with eval_temperature=0 (greedy)"

@@ -395,14 +395,15 @@ def test_two_steps_on_real_problems(name, qwen, qwen_url):
 
 
 def test_rollouts_run_ahead_through_a_server_that_is_slow(config, tmp_path, monkeypatch):
-    """Each reply takes two seconds more: most of them pass while a step is trained, which takes as
-    long here. The server holds the adapters of two steps, and each is the one that it should be."""
+    """Each reply takes four seconds more, a part of which passes while a step is trained, which
+    takes two here. The server then holds the adapters of two steps, and each rollout is of the one
+    that it should be."""
     real, n_loaded = Server.complete, []
 
     async def complete(self, client, body, policies, member):
         completions = await real(self, client, body, policies, member)
+        await asyncio.sleep(4)
         n_loaded.append(sum(bool(names) for names in self.loaded.values()))
-        await asyncio.sleep(2)
         return completions
 
     def learn(self, rows):

@@ -299,6 +299,14 @@ def test_sampling_goes_on_while_a_step_is_trained(monkeypatch):
     assert sum(waited[1]) < 0.8
 
 
+def test_the_embedded_sampler_ends_when_it_is_closed_and_the_others_do_not(session, sampler):
+    held, prompts = sampler.held(), [p.prompt_ids for p in session.problems.train[:2]]
+    held.close()
+    with pytest.raises(RunError, match="closed before all was sampled"):
+        held.sample(prompts, seeds=[1, 2])
+    assert len(sampler.sample(prompts, seeds=[1, 2])) == 2
+
+
 def test_the_weights_that_older_samples_need_are_on_unless_someone_asks_for_less():
     assert not Config().use_importance_weights
     assert Config(rollouts_ahead=1).use_importance_weights
