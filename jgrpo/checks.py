@@ -238,6 +238,12 @@ def _without_meaning(c: Any) -> Iterator[str]:
             "are an older policy's, and without the weights its gradient would be taken for that "
             "of the policy that is trained; leave use_importance_weights away"
         )
+    if c.rollouts_ahead > 0 and c.rollout == "jax" and c.fsdp > 1:
+        yield (
+            f"rollouts_ahead={c.rollouts_ahead} with rollout=jax and fsdp={c.fsdp}: sampling and "
+            "training gather kernels at the same time, and could wait for each other for ever; "
+            "take --rollout vllm"
+        )
     if 0 < c.n_grpo_steps <= c.rollouts_ahead:
         yield (
             f"rollouts_ahead={c.rollouts_ahead}: must be below n_grpo_steps={c.n_grpo_steps}, or "

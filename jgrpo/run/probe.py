@@ -140,7 +140,8 @@ def gaps_to(
         enough = np.searchsorted(np.cumsum([len(c) for c in r.completions]), GUARD_TOKENS) + 1
         index[e] = np.arange(start, start + min(int(enough), len(r.completions)))
         start += len(r.completions)
-    batches = batches_of(learner.configs[0], all_rows, np.concatenate([*index.values()]))
+    chosen = np.concatenate([*index.values()])
+    batches = batches_of(learner.configs[0], all_rows, chosen, learner.mesh.size)
     known = Logprobs(all_rows)
     known.add(batches, learner.update.logprobs(adapters, learner.base, batches))
     found = {}

@@ -317,5 +317,7 @@ def test_the_weights_that_older_samples_need_are_on_unless_someone_asks_for_less
         Config(rollouts_ahead=1, use_importance_weights=False)
     with pytest.raises(InputError, match="rollouts_ahead=3: must be below n_grpo_steps=3"):
         Config(rollouts_ahead=3, n_grpo_steps=3)
+    with pytest.raises(InputError, match="rollouts_ahead=1 with rollout=jax and fsdp=2"):
+        Config(rollouts_ahead=1, rollout="jax", fsdp=2)
     with pytest.raises(InputError, match="rollouts_ahead=-1: must not be negative"):
         Config(rollouts_ahead=-1)
