@@ -79,6 +79,7 @@ READ_WHERE: dict[str, Condition] = {
     "reward_weights": (lambda c: bool(c.reward_function), "with --reward_function"),
     "vllm_url": _VLLM,
     "vllm_timeout_s": _VLLM,
+    "check_stale": _VLLM,
     "vllm_move_s": (
         lambda c: c.rollout == "vllm" and len(c.vllm_urls) > 1,
         "with several servers in --vllm_url",

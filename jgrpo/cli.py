@@ -29,6 +29,7 @@ CHANGEABLE_ON_RESUME = {
     "gradient_checkpointing", "fsdp",
     "eval_every", "checkpoint_every", "save_total_limit", "checkpoint_keep_period",
     "grader_timeout_s", "grader_workers", "max_logprob_diff", "max_mean_logprob_diff",
+    "check_stale",
     "report_to", "project", "show_every",
 }  # fmt: skip
 """Options that a resumed run may change: none of them changes what a step computes, but for the

@@ -219,6 +219,10 @@ class Config:
     max_mean_logprob_diff: float | None = None
     """Largest mean of that gap (nats) over the tokens that a step trains on; a step above it is
     not kept, and ends the run. None: 1e-3 in float32 (1e-6 is normal), 0.2 in bfloat16 (0.05)."""
+    check_stale: bool = True
+    """Tell the adapter that should have sampled from the one before it, on a group of each step, by
+    a slope that 16-bit noise does not blur (`sampler/stale_slope`: 0 is right, 1 the one before);
+    a server that stays behind ends the run."""
     max_tokens: int = 1024
     """Tokens of a completion at most."""
     temperature: float = 1.0

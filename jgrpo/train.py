@@ -57,6 +57,7 @@ from jgrpo.run.session import (
     open_sampler,
     open_session,
 )
+from jgrpo.run.stale import Watch
 from jgrpo.run.timing import StepClock, rates
 from jgrpo.update import Learner
 
@@ -112,6 +113,8 @@ class Loop:
             self.sampler, self.folders, self.screen, n_ahead=shared.rollouts_ahead,
             first=self.members[0].record.first, last=shared.n_grpo_steps,
         )  # fmt: skip
+        watched = shared.rollout == "vllm" and shared.check_stale
+        self.watch = Watch(s.configs, s.policy) if watched else None
 
     def step(self, step: int) -> None:
         """Learn from the rollouts of a step, publish adapters `step`, log."""
@@ -215,8 +218,12 @@ class Loop:
             for e, gaps in gaps_to(sampled, self.learner, rows).items():
                 metrics[e] = of_a_stale_policy(metrics[e]) | gaps
         for e, of_member in metrics.items():
-            member = self.members[e]
-            if problem := gap_problem(of_member, member.config):
+            member, problem = self.members[e], None
+            if self.watch and policy_step > 0:
+                right, before = (self.folders(s)[e] for s in (policy_step, policy_step - 1))
+                of_member |= self.watch.look(e, step, rows[e], right, before)
+                problem = self.watch.problem(e)
+            if problem := gap_problem(of_member, member.config) or problem:
                 raise RunError(f"{member.of}step {step}: {problem}")
 
     def tell(self, step: int, e: int, metrics: dict[str, float], lines: list[dict]) -> None:

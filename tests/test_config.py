@@ -330,6 +330,7 @@ def test_every_option_that_may_be_idle_is_named_exactly_while_nothing_reads_it()
         "reward_weights": {"reward_function": ("a:f",)},
         "vllm_url": {"rollout": "vllm"},
         "vllm_timeout_s": {"rollout": "vllm"},
+        "check_stale": {"rollout": "vllm"},
         "vllm_move_s": {"rollout": "vllm", "vllm_url": "http://x:1,http://x:2"},
         "base_dir": {"run_dir": ""},
         "project": {"report_to": ("wandb",)},
@@ -337,13 +338,14 @@ def test_every_option_that_may_be_idle_is_named_exactly_while_nothing_reads_it()
         "use_token_level_loss": {"loss_type": "grpo"},
     }
     off = {"vllm_url": {"rollout": "jax"}, "vllm_timeout_s": {"rollout": "jax"},
+           "check_stale": {"rollout": "jax"},
            "vllm_move_s": {"rollout": "vllm"},
            "base_dir": {"run_dir": "x"}, "use_token_level_loss": {"loss_type": "cispo"},
            }  # fmt: skip
     other = {"kl_to": "base", "kl_estimator": "k2", "clip_eps_high": 0.5, "clip_delta": 3.0,
              "importance_weight_mode": "token_mask", "reward_weights": (0.5,),
              "vllm_url": "http://x:1", "prm_model_id": "x", "base_dir": "y",
-             "project": "p", "pass_rate_file": "f"}  # fmt: skip
+             "project": "p", "pass_rate_file": "f", "check_stale": False}  # fmt: skip
     assert asked.keys() == READ_WHERE.keys()
     assert READ_WHERE.keys() <= {f.name for f in dataclasses.fields(Config)}
     assert unread(Config()) == []
