@@ -34,7 +34,7 @@ def config(tmp_path_factory):
     quick_start = load_config(Path(jgrpo.__file__).parent / "configs" / "tiny.py")
     config = replace(
         quick_start, dtype="bfloat16", rollout="vllm", n_grpo_steps=STEPS, lr=3e-4,
-        n_prompts_per_step=12, eval_every=0, max_tokens=48, micro_batch_size=32,
+        n_prompts_per_step=4, group_size=32, eval_every=0, max_tokens=48, micro_batch_size=32,
     )  # fmt: skip
     with vllm_server(
         Path(config.model_id), tmp_path_factory.mktemp("log") / "server.log", dtype="bfloat16",
@@ -65,7 +65,7 @@ def test_one_that_stays_an_adapter_behind_ends_the_run(config, tmp_path, monkeyp
 
     monkeypatch.setattr(VllmSampler, "load", load)
     with pytest.raises(RunError, match="of the way from the adapter that"):
-        train(replace(config, run_dir=str(behind), n_grpo_steps=60))
+        train(replace(config, run_dir=str(behind), n_grpo_steps=50))
     mean = "sampler/logprob_diff_mean"
     print(figures(honest, mean), figures(behind, mean), figures(behind, "sampler/stale_slope"))
     assert np.mean(figures(behind, mean)) < 2 * np.mean(figures(honest, mean))
