@@ -1,6 +1,6 @@
 """Kill a run again and again, resume it each time: is it in the end the run that nobody killed?
 
-    python tests/chaos.py --kills 100 [--members 3]
+    python tests/chaos.py --kills 100 [--members 3] [--rollouts_ahead 1]
 
 Each life of the run is a process of its own that gets SIGKILL: some while they start, the others
 a random moment after a file of a random phase appeared in the run folder. Lives are forked from a
@@ -46,7 +46,9 @@ START_S, PHASE_S = 4.0, 0.05
 """A kill comes within this time of a life's start, or of the file (then mostly at once)."""
 
 
-def chaos(root: Path, *, kills: int, seed: int = 0, members: int = 1) -> Counter[str]:
+def chaos(
+    root: Path, *, kills: int, seed: int = 0, members: int = 1, rollouts_ahead: int = 0
+) -> Counter[str]:
     """Two runs of one config in `root`, one of them killed `kills` times -> where the kills hit (by
     the first of several members).
 
@@ -54,7 +56,8 @@ def chaos(root: Path, *, kills: int, seed: int = 0, members: int = 1) -> Counter
     """
     write_base(root / "base")
     write_problems(root)
-    options = {"n_grpo_steps": 2 * kills + 8, "eval_every": 5, "checkpoint_keep_period": 10}
+    options = {"n_grpo_steps": 2 * kills + 8, "eval_every": 5, "checkpoint_keep_period": 10,
+               "rollouts_ahead": rollouts_ahead}  # fmt: skip
     calm, killed = (
         [tiny_config(root, **options, seed=e, run_dir=str(root / f"{name}{e}"))
          for e in range(members)]
@@ -177,12 +180,12 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--members", type=int, default=1)
+    parser.add_argument("--rollouts_ahead", type=int, default=0)
     asked = parser.parse_args()
     start_s = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{folder}/xla")
-        hits = chaos(Path(folder), kills=asked.kills, seed=asked.seed,
-                     members=asked.members)  # fmt: skip
+        hits = chaos(Path(folder), **vars(asked))
     for place, n in hits.most_common():
         print(f"{n:4} {place}")
     print(f"{hits.total()} kills survived, {time.monotonic() - start_s:.0f} s: to the bit the same")

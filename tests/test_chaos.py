@@ -6,9 +6,11 @@ from chaos import chaos
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("shared_compilation_cache")
-@pytest.mark.parametrize("members", [1, 2])
-def test_a_run_that_is_killed_ten_times_is_the_run_that_nobody_killed(members, tmp_path):
-    hits = chaos(tmp_path, kills=10, members=members)
+@pytest.mark.parametrize(("members", "rollouts_ahead"), [(1, 0), (2, 0), (1, 1)])
+def test_a_run_that_is_killed_ten_times_is_the_run_that_nobody_killed(
+    members, rollouts_ahead, tmp_path
+):
+    hits = chaos(tmp_path, kills=10, members=members, rollouts_ahead=rollouts_ahead)
     print(hits)
     assert hits.total() == 10
     assert len(hits) >= 4, hits  # not all in one place
