@@ -91,6 +91,9 @@ def test_with_several_adapters_there_is_room_for_a_step_s_and_the_next_one_s(
     words = shlex.split(capsys.readouterr().out)
     names = ("--max-loras", "--max-cpu-loras", "--max-lora-rank")
     assert [option(words, name) for name in names] == ["6", "12", "8"]
+    serve.main(["--config", config_file, "--max_loras", "3", "--rollouts_ahead", "2", "--print"])
+    words = shlex.split(capsys.readouterr().out)
+    assert [option(words, name) for name in names[:2]] == ["9", "18"]
     with pytest.raises(InputError, match="--max_loras 0"):
         serve.main(["--config", config_file, "--max_loras", "0"])
 
