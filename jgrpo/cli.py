@@ -61,6 +61,13 @@ class Train(Command):
     runs that were side by side go on so, each from the last step that all have."""
     dry_run: bool = False
     """Read everything but the weights, say how much memory training will take, and stop."""
+    coordinator_address: str = ""
+    """host:port of the first of several processes, where neither Slurm, Open MPI, Kubernetes nor a
+    TPU pod says who is there; with num_processes and process_id (docs/scale.md)."""
+    num_processes: int = 0
+    """How many processes there are."""
+    process_id: int = -1
+    """Which of them this is, from 0."""
     members: tuple[Config, ...] = ()
     """The configs of all that are trained."""
 

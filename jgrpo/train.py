@@ -19,7 +19,7 @@ if __name__ == "__main__":  # before JAX is imported: help and mistakes are answ
 import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ from jgrpo.run.differences import run_names
 from jgrpo.run.difficulty import of_this_difficulty
 from jgrpo.run.evaluation import evaluate_members
 from jgrpo.run.groups import Rollout
+from jgrpo.run.hosts import join, leading
 from jgrpo.run.probe import check_sampler, gap_problem, gaps_to, of_a_stale_policy
 from jgrpo.run.record import Record, common_step, skipped_at_the_end, stop, where_it_went
 from jgrpo.run.rundir import adapter_folder, read_metrics, run_id, write_rollouts
@@ -59,7 +60,7 @@ from jgrpo.run.session import (
 )
 from jgrpo.run.stale import Watch
 from jgrpo.run.timing import StepClock, rates
-from jgrpo.update import Learner
+from jgrpo.run.together import SharedLearner, follow, new_learner
 
 MOST_SKIPPED = 3
 """Updates in a row that may be skipped because they are not finite, before the run ends."""
@@ -101,7 +102,7 @@ class Loop:
     """What the runs read, change and leave behind, and the steps over it."""
 
     session: Session
-    learner: Learner
+    learner: SharedLearner
     sampler: Sampler
     members: list[Member]
     screen: Screen
@@ -200,9 +201,7 @@ class Loop:
         lengths = [len(problem.prompt_ids) for problem in self.session.problems.train]
         batch = memory.largest_micro_batch(self.session.shared, lengths)
         with self.screen.phase("rehearsal"):
-            learner = self.learner
-            gradient = learner.update.gradient(learner.adapters, learner.base, [batch], 1.0)
-            jax.block_until_ready(gradient)
+            self.learner.rehearse(batch)
 
     def check_policies(
         self, step: int, rows: dict[int, Rows], metrics: dict[int, dict[str, float]]
@@ -304,10 +303,11 @@ def train_together(
     resumes = [*resumes] if resumes else [None] * len(configs)
     pairs = list(zip(configs, resumes, strict=True))
     configs = [begun(config) if resume is None else config for config, resume in pairs]
-    with ExitStack() as stack:
+    with leading(), ExitStack() as stack:
         session = open_session(configs, stack, resumes[0])
         records = [Record(session, e, resume, stack) for e, resume in enumerate(resumes)]
         learner, first = new_learner(session), common_step(records)
+        session = replace(session, policy=session.policy.alone(session.shared))
         for e, record in enumerate(records):
             learner.set_state(e, record.restore(first, learner.state(e)))
         stops, name = session.problems.stop_token_ids, run_id(records[0].run_dir)
@@ -336,11 +336,6 @@ def train_together(
             screen.info(message)
             raise
     return [record.run_dir for record in records]
-
-
-def new_learner(session: Session) -> Learner:
-    policy = session.policy
-    return Learner(session.configs, policy.graph, policy.adapter, policy.base, scales=policy.scales)
 
 
 def member_names(folders: Sequence[Path]) -> list[str]:
@@ -380,8 +375,12 @@ def dry_run(configs: Sequence[Config]) -> None:
 def main() -> None:
     with exit_status():
         configs = COMMAND.members
+        join(COMMAND.coordinator_address, COMMAND.num_processes, COMMAND.process_id)
         if COMMAND.dry_run:
             dry_run(configs)
+        elif jax.process_index():
+            configure_jax()
+            follow(configs)
         else:
             train_together(configs, COMMAND.resume)
 

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -90,6 +91,41 @@ def placed(mesh: Mesh, tree: Tree, where: Where) -> Tree:
     return jax.device_put(tree, _shardings(mesh, tree, where))
 
 
+def here(tree: Tree) -> Tree:
+    """What is on every device, on the first one of this process."""
+    return jax.tree.map(lambda x: x.addressable_data(0), tree)
+
+
+def of_this_process(mesh: Mesh, base: nnx.State) -> nnx.State:
+    """The base on the devices of this process alone, as they hold it. InputError if they do not
+    hold all of it."""
+    if mesh.local_mesh == mesh:
+        return base
+    if mesh.local_mesh.shape["fsdp"] < mesh.shape["fsdp"]:
+        raise InputError(
+            f"fsdp={mesh.shape['fsdp']}: the devices of a process must hold the whole base between "
+            f"them; give at most {mesh.local_mesh.shape['fsdp']}"
+        )
+
+    def mine(path: tuple, leaf: nnx.Variable) -> nnx.Variable:
+        array = leaf.get_raw_value()
+        where = lies(mesh.local_mesh, path, array.shape)
+        parts = [shard.data for shard in array.addressable_shards]
+        return leaf.replace(jax.make_array_from_single_device_arrays(array.shape, where, parts))
+
+    return nnx.from_flat_state((path, mine(path, leaf)) for path, leaf in nnx.to_flat_state(base))
+
+
+def handed_out(mesh: Mesh, stack: Tree) -> Tree:
+    """Arrays of the host, the same in all processes, as a program takes "each"."""
+    if mesh.local_mesh == mesh:  # JAX does so by itself
+        return stack
+    where = NamedSharding(mesh, SPECS["each"])
+    return jax.tree.map(
+        lambda x: jax.make_array_from_callback(x.shape, where, x.__getitem__), stack
+    )
+
+
 def on_each(
     mesh: Mesh,
     function: Callable[..., Any],
@@ -143,6 +179,8 @@ def collected(stacks: Sequence[tuple[jax.Array, int]], n_devices: int, n_items: 
     """What came of `dealt` items, in their order."""
     found: list[Any] = []
     for stack, n in stacks:
+        if not stack.is_fully_addressable:
+            stack = multihost_utils.process_allgather(stack, tiled=True)
         hands = np.asarray(stack).reshape(n_devices, -1, *stack.shape[1:])
         found += [hand[i] for i in range(n) for hand in hands]
     return found[:n_items]

@@ -63,16 +63,22 @@ class Checkpoints:
     ):
         self.folder = (Path(run_dir) / "checkpoints").absolute()
         self._keep, self._keep_period = keep, keep_period
+        if not read_only:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        # Of several processes this one writes alone, and waits for no other.
+        alone = {"primary_host": jax.process_index(), "active_processes": {jax.process_index()}}
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             keep_period=keep_period or None,
             enable_async_checkpointing=False,
             step_format_fixed_length=6,
-            create=not read_only,
+            create=False,
+            multiprocessing_options=ocp.options.MultiprocessingOptions(**alone),
         )
-        self._manager = ocp.CheckpointManager(
-            self.folder, item_handlers=ocp.StandardCheckpointHandler(), options=options
+        handler = ocp.StandardCheckpointHandler(
+            multiprocessing_options=ocp.options.MultiprocessingOptions(**alone)
         )
+        self._manager = ocp.CheckpointManager(self.folder, item_handlers=handler, options=options)
 
     def save(self, step: int, state: Tree) -> None:
         """Write the state after `step`, unless it is there already; Ctrl-C waits for it. RunError

@@ -31,7 +31,7 @@ from jgrpo.policy.lora import (
 from jgrpo.policy.tracing import traced
 from jgrpo.rollout.protocol import Completion, Sampler, prompt_seeds
 from jgrpo.run.session import Policy, Problems
-from jgrpo.update.learner import Learner, Logprobs, batches_of, together
+from jgrpo.update.learner import Learner, together
 
 PROBE_PROMPTS, PROBE_TOKENS, PROBE_SHIFT_NATS, LEAST_SHIFT_NATS = 4, 16, 0.3, 0.01
 PROBE_SHARE = {"float32": 0.01, "bfloat16": 0.5}
@@ -140,14 +140,11 @@ def gaps_to(
         enough = np.searchsorted(np.cumsum([len(c) for c in r.completions]), GUARD_TOKENS) + 1
         index[e] = np.arange(start, start + min(int(enough), len(r.completions)))
         start += len(r.completions)
-    chosen = np.concatenate([*index.values()])
-    batches = batches_of(learner.configs[0], all_rows, chosen, learner.mesh.size)
-    known = Logprobs(all_rows)
-    known.add(batches, learner.update.logprobs(adapters, learner.base, batches))
+    known = learner.logprobs_by(adapters, all_rows, np.concatenate([*index.values()]))
     found = {}
     for e, of_member in index.items():
         gap = np.concatenate([
-            known.values[i, : len(reported)] - np.array(reported, np.float32)
+            known[i, : len(reported)] - np.array(reported, np.float32)
             for i in of_member for reported in [all_rows.sampler_logprobs[i]]
         ])  # fmt: skip
         figures = np.abs(gap).mean(), np.abs(gap).max(initial=0), (np.expm1(gap) - gap).mean()

@@ -24,7 +24,7 @@ from jgrpo.errors import InputError, printable, short
 from jgrpo.members import check_together
 from jgrpo.policy import adapter as adapters
 from jgrpo.policy.lora import fresh_adapter, nth, rank_of, split, stacked_up, with_rank
-from jgrpo.policy.mesh import lies, make_mesh
+from jgrpo.policy.mesh import lies, make_mesh, of_this_process
 from jgrpo.policy.weights import (
     abstract_model,
     load_model,
@@ -45,6 +45,7 @@ from jgrpo.rollout.protocol import Completion, Sampler
 from jgrpo.rollout.vllm import VllmSampler
 from jgrpo.run.device import free_memory
 from jgrpo.run.difficulty import of_this_difficulty
+from jgrpo.run.hosts import told
 from jgrpo.run.rundir import date_of, last_adapter, run_of_adapter
 from jgrpo.run.scoring import Scorers, open_scorers
 from jgrpo.run.trackers import check_installed
@@ -93,6 +94,10 @@ class Policy:
     base: nnx.State
     scales: tuple[float, ...] = (1.0,)
 
+    def alone(self, config: Config) -> "Policy":
+        """With what this process holds of it."""
+        return replace(self, base=of_this_process(make_mesh(config.fsdp), self.base))
+
 
 @dataclass(frozen=True)
 class Session:
@@ -137,7 +142,9 @@ def open_session(
     )
     grader = open_grader(shared, stack)
     scorers = tuple(open_scorers(config, columns_of(problems.train)) for config in configs)
-    return Session(tuple(configs), problems, open_policies(configs), grader, scorers)
+    with told("open"):
+        policy = open_policies(configs)
+    return Session(tuple(configs), problems, policy, grader, scorers)
 
 
 def configure_jax() -> None:

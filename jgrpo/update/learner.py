@@ -24,7 +24,7 @@ from jgrpo.losses import LOSSES
 from jgrpo.policy.attention import chosen
 from jgrpo.policy.batch import MicroBatch, Rows, completion_mask, micro_batches, with_signal
 from jgrpo.policy.lora import nth, stacked_up, switched_off, with_rank
-from jgrpo.policy.mesh import make_mesh, placed
+from jgrpo.policy.mesh import here, make_mesh, placed
 from jgrpo.update.optimizer import adam, learning_rate
 from jgrpo.update.step import Arrays, Loss, Objective, Tree, Update, loss_denominator
 
@@ -179,13 +179,15 @@ class Learner:
 
     def state(self, e: int) -> tuple[nnx.State, Tree]:
         """A member's adapter, of its own rank, and its optimizer's state."""
-        return with_rank(nth((self.adapters, self.opt_states), e), self.configs[e].lora_r)
+        mine = here((self.adapters, self.opt_states))
+        return with_rank(nth(mine, e), self.configs[e].lora_r)
 
     def set_state(self, e: int, state: tuple[nnx.State, Tree]) -> None:
         """Go on from what `state` gave."""
         rank = max(c.lora_r for c in self.configs)
         now = self.adapters, self.opt_states
-        new = jax.tree.map(lambda all_, x: all_.at[e].set(x), now, with_rank(state, rank))
+        state = with_rank(jax.device_get(state), rank)
+        new = jax.tree.map(lambda all_, x: all_.at[e].set(x), now, state)
         self.adapters, self.opt_states = new
 
     @cached_property
@@ -193,6 +195,16 @@ class Learner:
         """What the members' KL is to; made once, before the first update."""
         each = [ref_adapter(c, nth(self.starts, e)) for e, c in enumerate(self.configs)]
         return stacked_up(each)
+
+    def rehearse(self, batch: MicroBatch) -> None:
+        """Train on a micro-batch, and forget it."""
+        jax.block_until_ready(self.update.gradient(self.adapters, self.base, [batch], 1.0))
+
+    def logprobs_by(self, adapters: nnx.State, rows: Rows, index: np.ndarray) -> np.ndarray:
+        """By other adapters [E, ...], of some completions of a rollout: [N, longest], else NaN."""
+        batches, known = batches_of(self.configs[0], rows, index, self.mesh.size), Logprobs(rows)
+        known.add(batches, self.update.logprobs(adapters, self.base, batches))
+        return known.values
 
     def learn(self, rows: Mapping[int, Rows]) -> dict[int, dict[str, float]]:
         """All optimizer updates on a rollout of each member that takes part -> its metrics, means

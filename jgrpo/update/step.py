@@ -32,6 +32,7 @@ from jgrpo.policy.mesh import (
     collected,
     dealt,
     gathered_when_read,
+    handed_out,
     make_mesh,
     on_each,
     placed,
@@ -170,7 +171,7 @@ class Update:
         """A forward pass alone: the policies' logprobs."""
         adapters, base = placed(self.mesh, adapters, "all"), placed(self.mesh, base, "base")
         stacks = [
-            (self._forward(adapters, base, stack, n), n)
+            (self._forward(adapters, base, handed_out(self.mesh, stack), n), n)
             for stack, n in dealt(batches, emptied, self.mesh.size, STACK)
         ]
         return collected(stacks, self.mesh.size, len(batches))
@@ -213,7 +214,8 @@ class Update:
         total, logprobs, nothing = self._zeros(adapters), [], [None] * len(batches)
         given = [*zip(batches, old or nothing, ref or nothing, strict=True)]
         empty = lambda last: (emptied(last[0]), *last[1:])  # noqa: E731
-        for (stack, o, r), n in dealt(given, empty, self.mesh.size, STACK):
+        for dealt_out, n in dealt(given, empty, self.mesh.size, STACK):
+            stack, o, r = handed_out(self.mesh, dealt_out)
             tape = self._take_tape(adapters, base, stack)
             total, self._tape, new = self._accumulate(total, tape, adapters, base, stack, n, o, r)
             logprobs.append((new, n))

@@ -126,7 +126,7 @@ def test_free_memory_is_less_than_the_machine_s():
 
 @pytest.mark.slow
 def test_running_out_of_memory_ends_the_run_with_the_knobs_and_a_checkpoint(root, monkeypatch):
-    real, calls = train_module.Learner.learn, []
+    real, calls = train_module.SharedLearner.learn, []
 
     def learn(self, rows):
         calls.append(rows)
@@ -134,7 +134,7 @@ def test_running_out_of_memory_ends_the_run_with_the_knobs_and_a_checkpoint(root
             raise JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 5 bytes.")
         return real(self, rows)
 
-    monkeypatch.setattr(train_module.Learner, "learn", learn)
+    monkeypatch.setattr(train_module.SharedLearner, "learn", learn)
     with pytest.raises(RunError) as error:
         train(tiny_config(root))
     assert re.match(r"out of memory: a smaller --micro_batch_size.*RESOURCE_EXHAUSTED",
