@@ -42,7 +42,7 @@ from jgrpo.run.differences import run_names
 from jgrpo.run.difficulty import of_this_difficulty
 from jgrpo.run.evaluation import evaluate_members
 from jgrpo.run.groups import Rollout
-from jgrpo.run.hosts import join, leading
+from jgrpo.run.hosts import is_first, join, leading
 from jgrpo.run.probe import check_sampler, gap_problem, gaps_to, of_a_stale_policy
 from jgrpo.run.record import Record, common_step, skipped_at_the_end, stop, where_it_went
 from jgrpo.run.rundir import adapter_folder, read_metrics, run_id, write_rollouts
@@ -378,7 +378,7 @@ def main() -> None:
         join(COMMAND.coordinator_address, COMMAND.num_processes, COMMAND.process_id)
         if COMMAND.dry_run:
             dry_run(configs)
-        elif jax.process_index():
+        elif not is_first():
             configure_jax()
             follow(configs)
         else:

@@ -67,6 +67,11 @@ def _launched() -> bool:
     return any(size != "1" for size in sizes) or in_pod or in_indexed_job
 
 
+def is_first() -> bool:
+    """Is this the process that does all else? (To ask JAX of one alone would open its device.)"""
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
 class _Line:
     """Between the first process and the others."""
 
@@ -77,7 +82,7 @@ class _Line:
 @contextlib.contextmanager
 def told(what: str, arrays: Mapping[str, np.ndarray] | None = None) -> Iterator[None]:
     """For the first process: while this is open, the others do the same as it."""
-    if jax.process_count() == 1:
+    if not jax.distributed.is_initialized():
         yield
         return
     message = io.BytesIO()
