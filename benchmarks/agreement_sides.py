@@ -27,7 +27,7 @@ from jgrpo.errors import InputError
 from jgrpo.policy import adapter as adapters
 from jgrpo.policy.batch import Rows
 from jgrpo.policy.lora import stacked_up
-from jgrpo.run.session import Policy, open_policy
+from jgrpo.run.policy import Policy, open_policy
 from jgrpo.study.compare import saved_rows
 from jgrpo.train import train
 from jgrpo.update.learner import Learner, batches_of, needs_ref, parts_of

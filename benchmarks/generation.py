@@ -28,7 +28,8 @@ from pathlib import Path
 from jgrpo.config import Config
 from jgrpo.rollout.embedded import JaxSampler
 from jgrpo.rollout.protocol import prompt_seeds
-from jgrpo.run.session import configure_jax, open_policy
+from jgrpo.run.policy import open_policy
+from jgrpo.run.session import configure_jax
 from jgrpo.prompts.tokenizer import load_tokenizer, stop_token_ids
 
 configure_jax()

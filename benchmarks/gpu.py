@@ -55,8 +55,10 @@ from jgrpo.rollout.embedded import JaxSampler
 from jgrpo.rollout.protocol import prompt_seeds
 from jgrpo.run.device import free_memory
 from jgrpo.run.memory import training_memory
+from jgrpo.run.policy import Policy
 from jgrpo.run.rundir import read_metrics
-from jgrpo.run.session import Policy, configure_jax, sampled_at_once
+from jgrpo.run.sampler import sampled_at_once
+from jgrpo.run.session import configure_jax
 from jgrpo.study.compare import saved_rows
 from jgrpo.update.learner import Learner, batches_of
 

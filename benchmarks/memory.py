@@ -27,7 +27,8 @@ def setting(micro_batch_size: int, gradient_checkpointing: bool) -> dict:
 
     from jgrpo.policy.lora import stacked_up
     from jgrpo.run.memory import training_memory
-    from jgrpo.run.session import Policy, configure_jax
+    from jgrpo.run.policy import Policy
+    from jgrpo.run.session import configure_jax
     from jgrpo.study.compare import saved_rows
     from jgrpo.update.learner import Learner
 

@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoTokenizer
 from jgrpo.config import Config
 from jgrpo.policy.adapter import AdapterConfig, save
 from jgrpo.policy.lora import fresh_adapter
-from jgrpo.run.session import open_policy
+from jgrpo.run.policy import open_policy
 
 MOST_S = 0.5
 

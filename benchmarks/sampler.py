@@ -24,7 +24,7 @@ from jgrpo.config import load_config
 from jgrpo.policy.adapter import AdapterConfig, save
 from jgrpo.rollout.embedded import JaxSampler
 from jgrpo.rollout.vllm import VllmSampler
-from jgrpo.run.session import Policy, open_policy
+from jgrpo.run.policy import Policy, open_policy
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from vllm_server import vllm_server

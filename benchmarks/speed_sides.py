@@ -21,7 +21,8 @@ def open_jgrpo(config: Config, folder: Path, lines: list[dict], _: int) -> tuple
 
     from jgrpo.policy import adapter
     from jgrpo.policy.lora import stacked_up
-    from jgrpo.run.session import configure_jax, open_policy
+    from jgrpo.run.policy import open_policy
+    from jgrpo.run.session import configure_jax
     from jgrpo.study.compare import saved_rows
     from jgrpo.update.learner import Learner
 

@@ -81,8 +81,9 @@ class Rollouts:
 
 def on_rollouts(options: Rollouts, console: Console) -> Path:
     """Compare the variants on a step's rollouts, print the table -> the folder of the report."""
+    from jgrpo.run.policy import open_policy
     from jgrpo.run.scoring import open_scorers
-    from jgrpo.run.session import configure_jax, open_policy
+    from jgrpo.run.session import configure_jax
     from jgrpo.study import compare as fixed  # only now: help and mistakes do not wait for JAX
     from jgrpo.study.report import draw_cosines, table, write_report
 

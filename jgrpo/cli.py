@@ -187,7 +187,7 @@ def parse(kind: type[C], argv: Sequence[str] | None = None, *, name: str = "") -
         members = _members(command, configs, words)
         command = dataclasses.replace(command, options=members[0], members=members)
     elif not isinstance(command, Evaluate) and command.options.adapter:
-        from jgrpo.run.session import begun  # only now: help and mistakes do not wait for JAX
+        from jgrpo.run.policy import begun  # only now: help and mistakes do not wait for JAX
 
         command = dataclasses.replace(command, options=begun(command.options, words))
     if isinstance(command, Evaluate):
@@ -210,7 +210,7 @@ def _members(command: Train, configs: Sequence[Config], words: set[str]) -> tupl
     for saved, asked in zip(configs, members, strict=True) if command.resume else ():
         _check_resume(saved, asked)
     if any(config.adapter for config in members) and not command.resume:
-        from jgrpo.run.session import begun  # only now: help and mistakes do not wait for JAX
+        from jgrpo.run.policy import begun  # only now: help and mistakes do not wait for JAX
 
         members = [begun(config, words) for config in members]
     seeds = command.seeds or (None,)

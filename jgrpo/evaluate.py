@@ -28,9 +28,9 @@ from rich.progress import Progress
 from jgrpo.prompts.problems import make_evaluation, overlap
 from jgrpo.prompts.sets import read_set
 from jgrpo.run.evaluation import evaluate
-from jgrpo.run.policies import check_adapters, each_policy
 from jgrpo.run.results import Result, as_json, compare, draw_steps, table
 from jgrpo.run.rundir import is_writable, json_line, kept_adapters, run_of_adapter, write_whole
+from jgrpo.run.sampler import check_adapters, each_policy
 from jgrpo.run.session import Problems, configure_jax, open_grader, open_problems
 
 

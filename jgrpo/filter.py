@@ -27,9 +27,10 @@ from rich.progress import Progress
 from jgrpo.errors import InputError
 from jgrpo.rollout.protocol import prompt_seeds
 from jgrpo.run.difficulty import add_rates, begin_rates, made_with
-from jgrpo.run.policies import check_adapters, each_policy
+from jgrpo.run.policy import begun
 from jgrpo.run.rundir import is_writable
-from jgrpo.run.session import begun, configure_jax, open_grader, open_problems
+from jgrpo.run.sampler import check_adapters, each_policy
+from jgrpo.run.session import configure_jax, open_grader, open_problems
 
 EDGES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 AT_ONCE = 2048

@@ -25,9 +25,10 @@ import tyro
 from jgrpo.policy import adapter as adapters
 from jgrpo.policy.lora import stacked_up
 from jgrpo.run.checkpoint import Checkpoints
+from jgrpo.run.policy import open_policy
 from jgrpo.run.probe import gaps_to, of_a_stale_policy
 from jgrpo.run.rundir import as_begun, existing_adapter, read_metrics, rollouts_file
-from jgrpo.run.session import configure_jax, open_policy
+from jgrpo.run.session import configure_jax
 from jgrpo.study.compare import read_rollouts, saved_rows
 from jgrpo.update.learner import Learner
 

@@ -43,21 +43,14 @@ from jgrpo.run.difficulty import of_this_difficulty
 from jgrpo.run.evaluation import evaluate_members
 from jgrpo.run.groups import Rollout
 from jgrpo.run.hosts import is_first, join, leading
+from jgrpo.run.policy import begun, open_policies
 from jgrpo.run.probe import check_sampler, gap_problem, gaps_to, of_a_stale_policy
 from jgrpo.run.record import Record, common_step, skipped_at_the_end, stop, where_it_went
 from jgrpo.run.rundir import adapter_folder, read_metrics, run_id, write_rollouts
 from jgrpo.run.runlog import RunLog
+from jgrpo.run.sampler import open_sampler
 from jgrpo.run.screen import Screen
-from jgrpo.run.session import (
-    Session,
-    begun,
-    columns_of,
-    configure_jax,
-    open_policies,
-    open_problems,
-    open_sampler,
-    open_session,
-)
+from jgrpo.run.session import Session, columns_of, configure_jax, open_problems, open_session
 from jgrpo.run.stale import Watch
 from jgrpo.run.timing import StepClock, rates
 from jgrpo.run.together import SharedLearner, follow, new_learner

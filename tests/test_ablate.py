@@ -21,9 +21,9 @@ from jgrpo import cli
 from jgrpo.ablate import Rollouts, as_runs, on_rollouts, show, variant_on_rollouts
 from jgrpo.errors import InputError
 from jgrpo.policy.adapter import adapter_arrays
+from jgrpo.run.policy import open_policy
 from jgrpo.run.rundir import read_metrics
 from jgrpo.run.scoring import Scorers
-from jgrpo.run.session import open_policy
 from jgrpo.study import compare, report, sweep
 from jgrpo.study.variants import read_variants
 from jgrpo.train import train

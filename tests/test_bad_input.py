@@ -24,8 +24,9 @@ from tiny_run import tiny_config, write_base, write_config_file, write_prm, writ
 
 from jgrpo.policy import adapter as adapters
 from jgrpo.rollout.embedded import JaxSampler
-from jgrpo.run import session
+from jgrpo.run import sampler, session
 from jgrpo.run.checkpoint import Checkpoints
+from jgrpo.run.policy import open_policy
 from jgrpo.run.rundir import json_line, write_config
 from jgrpo.tiny.recipe import make_tokenizer
 from jgrpo.update import learner
@@ -667,7 +668,7 @@ def whole(tmp_path_factory) -> Path:
         inputs = session.fingerprints(config, session.open_problems(config))
         write_config(run, config, {"inputs": inputs})
         (run / "metrics.jsonl").write_text("".join(json_line({"step": k}) for k in range(3)))
-        policy = session.open_policy(config)
+        policy = open_policy(config)
         learner = OneLearner(config, policy.graph, policy.adapter, policy.base)
         state = jax.device_get(learner.state(0))
         checkpoints = Checkpoints(run)
@@ -693,7 +694,7 @@ def place(whole, tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(session, "VllmSampler", spent)
+    monkeypatch.setattr(sampler, "VllmSampler", spent)
     monkeypatch.setattr(JaxSampler, "sample", spent)
     monkeypatch.setattr(learner.Learner, "learn", spent)
     monkeypatch.setattr(os, "execvpe", spent)

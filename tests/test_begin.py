@@ -32,8 +32,8 @@ from jgrpo.checks import without_effect
 from jgrpo.config import Config
 from jgrpo.errors import InputError
 from jgrpo.run import memory
+from jgrpo.run.policy import begun, open_policy
 from jgrpo.run.rundir import read_config, read_metrics
-from jgrpo.run.session import begun, open_policy
 from jgrpo.train import dry_run, train
 from jgrpo.update.learner import ref_adapter
 
@@ -196,7 +196,7 @@ def test_evaluation_of_such_a_run_still_knows_the_base(run):
     """--adapter of evaluate is its own; the run's does not stand in for the base."""
     command = cli.parse(cli.Evaluate, ["--run", str(run), "--against", "base"])
     assert command.adapter == run / "adapters" / "step_000004"
-    from jgrpo.run.policies import each_policy
+    from jgrpo.run.sampler import each_policy
 
     policies = [None, run / "adapters" / "step_000000"]
     asked = [rollouts(run, 1)[0]["prompt_ids"]]

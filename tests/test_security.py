@@ -30,8 +30,9 @@ from jgrpo.policy.lora import split
 from jgrpo.policy.weights import abstract_model, load_model
 from jgrpo.prompts.rows import read_splits
 from jgrpo.rollout.vllm import VllmSampler
+from jgrpo.run.policy import open_policy
 from jgrpo.run.rundir import run_id, write_config
-from jgrpo.run.session import open_policy, open_problems
+from jgrpo.run.session import open_problems
 from jgrpo.train import train
 
 pytestmark = pytest.mark.usefixtures("shared_compilation_cache")

@@ -18,7 +18,8 @@ from jgrpo.policy import batch
 from jgrpo.policy.batch import MicroBatch, Rows
 from jgrpo.policy.mesh import lies, make_mesh
 from jgrpo.run.device import free_memory
-from jgrpo.run.session import Policy, sampled_at_once
+from jgrpo.run.policy import Policy
+from jgrpo.run.sampler import sampled_at_once
 from jgrpo.update.learner import update_of
 
 KNOBS = (

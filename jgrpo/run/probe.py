@@ -30,7 +30,8 @@ from jgrpo.policy.lora import (
 )
 from jgrpo.policy.tracing import traced
 from jgrpo.rollout.protocol import Completion, Sampler, prompt_seeds
-from jgrpo.run.session import Policy, Problems
+from jgrpo.run.policy import Policy
+from jgrpo.run.session import Problems
 from jgrpo.update.learner import Learner, together
 
 PROBE_PROMPTS, PROBE_TOKENS, PROBE_SHIFT_NATS, LEAST_SHIFT_NATS = 4, 16, 0.3, 0.01

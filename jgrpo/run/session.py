@@ -6,28 +6,23 @@ import hashlib
 import json
 import logging
 import os
-import shlex
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import jax
-from flax import nnx
 from transformers import PreTrainedTokenizerBase
 
 from jgrpo.answers.grader import Grader
-from jgrpo.config import PROJECTIONS, Config
-from jgrpo.errors import InputError, printable, short
+from jgrpo.config import Config
+from jgrpo.errors import InputError, short
 from jgrpo.members import check_together
 from jgrpo.policy import adapter as adapters
-from jgrpo.policy.lora import fresh_adapter, nth, rank_of, split, stacked_up, with_rank
-from jgrpo.policy.mesh import lies, make_mesh, of_this_process
+from jgrpo.policy.lora import nth, with_rank
+from jgrpo.policy.mesh import make_mesh
 from jgrpo.policy.weights import (
-    abstract_model,
-    load_model,
     model_config,
     model_folder,
     read_hf_config,
@@ -40,19 +35,15 @@ from jgrpo.prompts.tokenizer import (
     stop_token_ids,
     told_of_stops,
 )
-from jgrpo.rollout.embedded import JaxSampler, rows_that_fit
-from jgrpo.rollout.protocol import Completion, Sampler
-from jgrpo.rollout.vllm import VllmSampler
-from jgrpo.run.device import free_memory
+from jgrpo.rollout.protocol import Completion
 from jgrpo.run.difficulty import of_this_difficulty
 from jgrpo.run.hosts import told
-from jgrpo.run.rundir import date_of, last_adapter, run_of_adapter
+from jgrpo.run.policy import Policy, open_policies
+from jgrpo.run.rundir import date_of
 from jgrpo.run.scoring import Scorers, open_scorers
 from jgrpo.run.trackers import check_installed
 
 log = logging.getLogger(__name__)
-SHAPE = ("lora_r", "lora_alpha", "lora_target_modules")
-"""Options that an adapter brings with it."""
 
 
 @dataclass(frozen=True)
@@ -82,21 +73,6 @@ class Problems:
         out would join what they part, and `\\boxed{1<|box_end|>2}` would count as 12."""
         n_tokens = len(completion.token_ids) - (completion.finish_reason == "stop")
         return str(self.tokenizer.decode(completion.token_ids[:n_tokens]))
-
-
-@dataclass(frozen=True)
-class Policy:
-    """The model, split into structure, adapter and frozen base. The adapter is one, or those of E
-    members, [E, ...] (`scales` as in `lora.side_by_side`)."""
-
-    graph: nnx.GraphDef
-    adapter: nnx.State
-    base: nnx.State
-    scales: tuple[float, ...] = (1.0,)
-
-    def alone(self, config: Config) -> "Policy":
-        """With what this process holds of it."""
-        return replace(self, base=of_this_process(make_mesh(config.fsdp), self.base))
 
 
 @dataclass(frozen=True)
@@ -217,43 +193,6 @@ def open_problems(config: Config, date: datetime | None = None) -> Problems:
     return Problems(tokenizer, stops, train, evaluation, report, templates, date)
 
 
-def shaped(config: Config, adapter: Path | None) -> Config:
-    """The config with the adapter's own rank, alpha and targets, and nothing else to begin from.
-    InputError if it is no adapter."""
-    config = replace(config, adapter="")
-    if adapter is None:
-        return config
-    shape = adapters.read_config(adapter)
-    return replace(
-        config,
-        lora_r=shape.rank,
-        lora_alpha=shape.alpha,
-        lora_target_modules=tuple(p for p in PROJECTIONS if p in shape.target_modules),
-    )
-
-
-def begun(config: Config, given: Collection[str] = ()) -> Config:
-    """The config with the shape of the adapter that it begins from, if it names one: a PEFT folder,
-    or a run for its last. InputError for an option of another value than the adapter has, if it was
-    asked for: it is among the `given`, or not the default."""
-    if not config.adapter:
-        return config
-    folder = Path(config.adapter)
-    folder = last_adapter(folder) if run_of_adapter(folder) == folder else folder
-    own, default = shaped(config, folder), {f.name: f.default for f in fields(config)}
-    alike = lambda x: {*x} if isinstance(x, tuple) else x  # noqa: E731
-    shape = {name: getattr(own, name) for name in SHAPE}
-    odd = [
-        f"{name}={asked!r}, and the adapter has {there!r}"
-        for name, there in shape.items()
-        if alike(asked := getattr(config, name)) != alike(there)
-        and (name in given or alike(asked) != alike(default[name]))
-    ]
-    if odd:
-        raise InputError(f"adapter={folder}: {'; '.join(odd)}: leave the option away")
-    return replace(config, adapter=str(folder), **shape)
-
-
 def columns_of(problems: Sequence[Problem]) -> list[str]:
     """The names of the columns that reward functions may ask for."""
     return list(dict.fromkeys(name for problem in problems for name in problem.columns))
@@ -267,114 +206,6 @@ def fingerprints(config: Config, problems: Problems) -> dict[str, str]:
         "problems": problems.fingerprint,
         **begun_from,
     }
-
-
-def open_policy(config: Config, *, abstract: bool = False) -> Policy:
-    """The base model with a fresh adapter, or the one that the config begins from; `abstract`:
-    shapes alone, for who only needs those. InputError if that adapter does not fit the model."""
-    if config.attn_implementation == "cudnn" and (found := jax.default_backend()) != "gpu":
-        raise InputError(f"attn_implementation=cudnn needs a GPU, JAX has {found}; take xla")
-    folder = model_folder(config.model_id)
-    shape: dict[str, Any] = {
-        "dtype": config.dtype,
-        "rank": config.lora_r,
-        "alpha": config.lora_alpha,
-        "target_modules": config.lora_target_modules,
-    }
-    shapes, mesh = Policy(*split(abstract_model(folder, **shape))), make_mesh(config.fsdp)
-    for path, leaf in nnx.to_flat_state(shapes.base):
-        lies(mesh, path, leaf.shape)  # or says why not
-    start = adapters.load(Path(config.adapter), shapes.adapter) if config.adapter else None
-    if config.adapter:
-        _warn_of_another_base(config)
-    if abstract:
-        return shapes
-    policy = Policy(*split(load_model(folder, **shape, seed=config.seed, mesh=mesh)))
-    return policy if start is None else replace(policy, adapter=start)
-
-
-def _warn_of_another_base(config: Config) -> None:
-    """An adapter fits any model of its shape; the name of its base tells those apart."""
-    named = adapters.base_of(Path(config.adapter))
-    if named and Path(named).name != Path(config.model_id).name:
-        log.warning("adapter=%s was made for the base %s, and model_id is %s: on other weights it "
-                    "is no start", config.adapter, printable(named), config.model_id)  # fmt: skip
-
-
-def open_policies(configs: Sequence[Config], *, abstract: bool = False) -> Policy:
-    """`open_policy` of each member over one base: adapters [E, ...], the smaller ones filled up
-    with zeros to the largest rank."""
-    if len(configs) == 1:
-        policy = open_policy(configs[0], abstract=abstract)
-        return replace(policy, adapter=jax.eval_shape(stacked_up, [policy.adapter])
-                       if abstract else stacked_up([policy.adapter]))  # fmt: skip
-    rank = max(c.lora_r for c in configs)
-    alike = replace(configs[0], lora_r=rank, lora_alpha=rank, adapter="")  # a scale of 1
-    policy = open_policy(alike, abstract=abstract)
-    scales = tuple(c.lora_alpha / c.lora_r for c in configs)
-    like = [jax.eval_shape(lambda a, r=c.lora_r: with_rank(a, r), policy.adapter) for c in configs]
-
-    for config in configs:
-        if config.adapter:
-            _warn_of_another_base(config)
-
-    def adapters_of_all() -> nnx.State:
-        each = [
-            adapters.load(Path(c.adapter), own) if c.adapter else fresh_adapter(own, c.seed)
-            for c, own in zip(configs, like, strict=True)
-        ]
-        return stacked_up([with_rank(adapter, rank) for adapter in each])
-
-    found = jax.eval_shape(adapters_of_all) if abstract else adapters_of_all()
-    return replace(policy, adapter=found, scales=scales)
-
-
-def sampled_at_once(config: Config, policy: Policy, free: int | None) -> int:
-    """How many completions the embedded sampler decodes at once, of `free` bytes: those of a step
-    of all members, or as many as fit."""
-    c, n_rows = config, len(policy.scales) * config.n_completions_per_step
-    if free is None:
-        return n_rows
-    return rows_that_fit(
-        nnx.merge(policy.graph, policy.adapter, policy.base).config, c.dtype, free,
-        n_rows=n_rows, group_size=c.group_size, longest=c.max_prompt_tokens,
-        max_tokens=c.max_tokens,
-    )  # fmt: skip
-
-
-def open_sampler(
-    config: Config, policy: Policy, stops: Sequence[int], run_id: str, *, alone: bool = True
-) -> Sampler:
-    """The sampler that the config asks for, of one adapter or of those of several members;
-    RunError if the server cannot be used. `alone`: what other runs have left on the server goes."""
-    if config.rollout == "jax":
-        return JaxSampler(
-            policy.graph,
-            policy.adapter,
-            policy.base,
-            scales=policy.scales,
-            stop_token_ids=stops,
-            max_tokens=config.max_tokens,
-            max_rows=sampled_at_once(config, policy, free_memory()),
-        )
-    flags = {"model_id": config.model_id, "lora_r": rank_of(policy.adapter), "dtype": config.dtype,
-             "max_prompt_tokens": config.max_prompt_tokens, "max_tokens": config.max_tokens,
-             "vllm_url": config.vllm_urls[0], "max_loras": len(policy.scales)}  # fmt: skip
-    if config.rollouts_ahead:
-        flags["rollouts_ahead"] = config.rollouts_ahead
-    words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
-    return VllmSampler(
-        config.vllm_urls,
-        run_id=run_id,
-        max_tokens=config.max_tokens,
-        max_model_len=config.max_model_len,
-        vocab_size=model_config(model_folder(config.model_id)).vocab_size,
-        stop_token_ids=stops,
-        timeout_s=config.vllm_timeout_s,
-        move_s=config.vllm_move_s,
-        start_command=shlex.join(["python", "-m", "jgrpo.serve", *words]),
-        alone=alone,
-    )
 
 
 def open_grader(config: Config, stack: ExitStack) -> Grader:

@@ -24,7 +24,7 @@ from jgrpo.policy.batch import MicroBatch, Rows, micro_batches
 from jgrpo.policy.logprobs import token_logprobs
 from jgrpo.policy.lora import nth, side_by_side, stacked_up, with_rank
 from jgrpo.policy.tracing import traced
-from jgrpo.run.session import Policy
+from jgrpo.run.policy import Policy
 
 KEPT = 0.95
 """Of the sums, at each step: they are of the last twenty steps or so."""

@@ -11,7 +11,8 @@ from jgrpo.config import Config
 from jgrpo.errors import RunError
 from jgrpo.policy.batch import MicroBatch, Rows
 from jgrpo.run.hosts import heard, told
-from jgrpo.run.session import Session, open_policies
+from jgrpo.run.policy import open_policies
+from jgrpo.run.session import Session
 from jgrpo.update import Learner
 
 Message = dict[str, np.ndarray]

@@ -25,9 +25,9 @@ from jgrpo.policy.batch import Rows, completion_mask
 from jgrpo.policy.logprobs import token_logprobs
 from jgrpo.policy.lora import switched_off
 from jgrpo.rewards.parts import combine, length_penalty
+from jgrpo.run.policy import Policy
 from jgrpo.run.rundir import existing_adapter
 from jgrpo.run.scoring import Scorers
-from jgrpo.run.session import Policy
 from jgrpo.update.learner import batches_of, loss_of, needs_ref, ref_adapter
 from jgrpo.update.step import Loss, loss_denominator
 

@@ -30,8 +30,9 @@ from jgrpo.run.evaluation import evaluate
 from jgrpo.run.groups import Rollout
 from jgrpo.run.probe import gaps_to
 from jgrpo.run.rundir import adapter_folder, read_metrics, rollouts_file
+from jgrpo.run.sampler import open_sampler
 from jgrpo.run.screen import Screen
-from jgrpo.run.session import open_sampler, open_session
+from jgrpo.run.session import open_session
 from jgrpo.study.compare import read_rollouts, saved_rows
 from jgrpo.train import new_learner, train, train_together
 

@@ -23,8 +23,9 @@ from jgrpo.policy.adapter import adapter_arrays
 from jgrpo.policy.batch import SLOT_COST, Rows, micro_batches
 from jgrpo.run import memory as memory_module
 from jgrpo.run.memory import free_memory, largest_micro_batch, ran_out, training_memory
+from jgrpo.run.policy import open_policies
 from jgrpo.run.rundir import read_metrics
-from jgrpo.run.session import open_policies, sampled_at_once
+from jgrpo.run.sampler import sampled_at_once
 from jgrpo.train import dry_run, train
 from jgrpo.update.step import Update
 

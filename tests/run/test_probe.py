@@ -20,9 +20,11 @@ from jgrpo.rollout.embedded import JaxSampler
 from jgrpo.rollout.protocol import Completion
 from jgrpo.run import probe as probe_module
 from jgrpo.run import session
+from jgrpo.run.policy import open_policies
 from jgrpo.run.probe import check_sampler, gap_problem
 from jgrpo.run.rundir import read_metrics
-from jgrpo.run.session import open_policies, open_problems, open_sampler
+from jgrpo.run.sampler import open_sampler
+from jgrpo.run.session import open_problems
 from jgrpo.train import train
 
 BLOCK = {name: "self_attn" if name[0] in "qkvo" else "mlp" for name in PROJECTIONS}

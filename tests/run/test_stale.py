@@ -13,7 +13,7 @@ from jgrpo.policy.batch import Rows, micro_batches
 from jgrpo.policy.logprobs import token_logprobs
 from jgrpo.policy.lora import fresh_adapter, nth, side_by_side, stacked_up
 from jgrpo.run import session, stale
-from jgrpo.run.session import open_policies
+from jgrpo.run.policy import open_policies
 from jgrpo.run.stale import Slope, of_group
 
 G = 8
