@@ -105,7 +105,8 @@ def another(field: dataclasses.Field) -> tuple[list[str], object]:
     return [f"--{name}", str(value)], value
 
 
-ALONE = ("updates_per_epoch", "attn_implementation", "fsdp")  # at odds with another field's `another`
+ALONE = ("updates_per_epoch", "attn_implementation", "rollouts_ahead")
+"""At odds with another field's `another`."""
 TOGETHER = [f for f in dataclasses.fields(Config) if f.name not in (*ALONE, "adapter")]
 """All but `adapter`, which reads a folder: tests/test_begin.py."""
 COMMAND_LINES = [TOGETHER, *([f] for f in dataclasses.fields(Config) if f.name in ALONE)]
