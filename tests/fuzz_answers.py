@@ -94,12 +94,14 @@ def boxes_are_found(text: str) -> None:
 
 
 def verdicts_are_sane(pair: tuple[str, str]) -> None:
-    """A verdict for any two texts, in the other order no other, and nothing is never something."""
+    """A verdict for any two texts, in the other order no other (but for a comma, which may be an
+    answer's decimal point, and never the gold's), and nothing is never something."""
     a, b = pair
     started_s = time.monotonic()
     verdict = answers.quick_verdict(a, b)
     assert verdict in (True, False, None)
-    assert {verdict, answers.quick_verdict(b, a)} != {True, False}
+    if ("," in a) == ("," in b):
+        assert {verdict, answers.quick_verdict(b, a)} != {True, False}
     assert answers.same_text(a, b) <= (verdict is True)
     something = bool(normalize(a).replace('"', "").replace("%", ""))
     assert answers.quick_verdict(a, a) is something

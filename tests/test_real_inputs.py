@@ -129,6 +129,11 @@ class Emptied:
     def __getattr__(self, name):
         return getattr(self.sampler, name)
 
+    def held(self):
+        held = Emptied(self.sampler.held())
+        held.is_probe = self.is_probe
+        return held
+
     def load(self, folder):
         self.is_probe = folder.name == "probe"
         self.sampler.load(folder)

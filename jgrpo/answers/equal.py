@@ -228,7 +228,7 @@ def _exact(s: str) -> str:
     said = [part for part in _ABOUT.split(s) if part] if "\\" in s else [s]
     if len(said) > 1 and re.fullmatch(r"[A-Za-z]{1,2}(?:_\w)?", said[0]):
         return said[1]
-    return said[0] if said else ""
+    return said[0] if said else s
 
 
 def _any(verdicts: Iterable[bool | None]) -> bool | None:
