@@ -4,8 +4,9 @@ In 16 bits a sampler's logprobs differ from the trainer's by more than one updat
 mean of gaps can tell. A slope can: with the trainer's logprobs of the same tokens at the right
 adapter, t, and at the one before, u, and the sampler's s, the regression of s - t on u - t through
 zero is 0 where the right adapter sampled and 1 where the one before did, whatever the noise that
-has nothing to do with the update. Both t and u are computed in float32: noise that they share
-with each other would pull both slopes to 1/2.
+has nothing to do with the update. Both t and u are computed in float32: noise of their own would
+pull both slopes to 1/2. The adapters are rounded first as the sampler rounds them: of a small
+update that may leave another one.
 """
 
 from collections.abc import Sequence
@@ -20,11 +21,12 @@ from scipy import stats
 
 from jgrpo.config import Config
 from jgrpo.policy import adapter as adapters
-from jgrpo.policy.batch import MicroBatch, Rows, micro_batches
+from jgrpo.policy.batch import MicroBatch, Rows
 from jgrpo.policy.logprobs import token_logprobs
 from jgrpo.policy.lora import nth, side_by_side, stacked_up, with_rank
 from jgrpo.policy.tracing import traced
 from jgrpo.run.policy import Policy
+from jgrpo.update.learner import Logprobs, batches_of
 
 KEPT = 0.95
 """Of the sums, at each step: they are of the last twenty steps or so."""
@@ -159,18 +161,13 @@ def _logprobs(
     (dtype,) = {leaf.dtype for leaf in jax.tree.leaves(policy.base)}
     adapter = jax.tree.map(lambda x: x.astype(dtype).astype(x.dtype), adapter)
     adapter = side_by_side(stacked_up([adapter]), policy.scales[e : e + 1])
-    found: dict[int, np.ndarray] = {}
-    for batch in micro_batches(
-        rows, index, micro_batch_size=len(index),
-        max_prompt_tokens=config.max_prompt_tokens, max_tokens=config.max_tokens,
-    ):  # fmt: skip
-        values = np.asarray(
-            _in_float32(policy.graph, adapter, policy.base, batch, config.temperature), np.float64
-        )
-        for i, row, mask in zip(batch.completions, values, batch.mask, strict=True):
-            if (n := int(mask.sum())) > 0:
-                found[int(i)] = row[:n]
-    return [found[int(i)] for i in index]
+    batches, known = batches_of(config, rows, index), Logprobs(rows)
+    values = (
+        _in_float32(policy.graph, adapter, policy.base, batch, config.temperature)
+        for batch in batches
+    )
+    known.add(batches, [np.asarray(x) for x in values])
+    return [known.values[i, : len(rows.completions[i])].astype(np.float64) for i in index]
 
 
 @jax.jit(static_argnums=0)
