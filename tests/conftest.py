@@ -5,6 +5,7 @@ Initial weights of 0.02 would make every layer nearly the identity; here each li
 variance of its input, and norm weights, biases and B are far from 1, 0 and 0.
 """
 
+import functools
 import gc
 import os
 import signal
@@ -35,8 +36,10 @@ from tiny_run import write_base, write_problems
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 import jgrpo
+from jgrpo.answers.grader import Grader
 from jgrpo.policy.batch import MicroBatch, Rows, Shape, _fill, _pack, bucket
 from jgrpo.policy.lora import LoRAParam, nth, split, stacked_up
+from jgrpo.run import session
 from jgrpo.update.learner import Learner
 from jgrpo.update.step import Update
 
@@ -292,6 +295,27 @@ def shared_compilation_cache(tmp_path_factory):
         if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
             patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "xla"))
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_grader():
+    """The runs of a process grade with the same workers: each would import sympy again."""
+
+    opened: list[Grader] = []
+
+    class Kept(Grader):
+        def __enter__(self) -> Grader:
+            opened.append(self)
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(session, "Grader", functools.cache(Kept))
+        yield
+    for grader in opened:
+        grader.close()
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -87,10 +87,10 @@ def gradients_of(run: Path, policy_step: int) -> tuple[compare.Comparison, dict]
     return found, expected
 
 
-@pytest.mark.parametrize("policy_step", [1, 2])
 @pytest.mark.slow
-def test_a_comparison_has_the_loss_and_gradient_of_each_variant_s_own_update(run, policy_step):
-    found, expected = gradients_of(run, policy_step)
+def test_a_comparison_has_the_loss_and_gradient_of_each_variant_s_own_update(run):
+    """An update after the rollouts, where they differ the most."""
+    found, expected = gradients_of(run, policy_step=2)
     assert found.names == list(NAMES)
     norms = np.array([np.linalg.norm(g.astype(np.float64)) for _, g in expected.values()])
     np.testing.assert_allclose(found.grad_norm, norms, rtol=2e-4)
@@ -231,13 +231,13 @@ def test_the_same_command_again_trains_nothing(swept, root):
 
 @pytest.mark.slow
 def test_side_by_side_a_sweep_has_the_same_runs(swept, root):
-    """Eight runs in two groups; those that the other sweep has too sampled the same."""
-    args = ("--variants", "clip", "token_level", "lora_r=2", "--together", "4")
+    """Six runs in two groups sample what they sample in the other sweep."""
+    args = ("--variants", "clip", "token_level", "--together", "3")
     asked = dataclasses.replace(command(root, *args), out=root / "side")
     console = Console(file=io.StringIO(), width=200)
     as_runs(asked, console)
-    assert "8 runs in 2 groups side by side" in console.file.getvalue()
-    assert len(list((root / "side").glob("*/*/metrics.jsonl"))) == 8
+    assert "6 runs in 2 groups side by side" in console.file.getvalue()
+    assert len(list((root / "side").glob("*/*/metrics.jsonl"))) == 6
     assert len(list((root / "side").glob("*/*.log"))) == 2
     for variant in ("rank1", "clip", "token_level"):
         for seed in (0, 1):

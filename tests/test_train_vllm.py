@@ -115,9 +115,10 @@ def config(tmp_path_factory):
 
 
 def served(config: Config, log: Path, url: str = ""):
+    """With room for three members of ranks up to 4."""
     return vllm_server(
-        Path(config.model_id), log, url=url, lora_r=config.lora_r, max_tokens=config.max_tokens,
-        max_prompt_tokens=config.max_prompt_tokens,
+        Path(config.model_id), log, url=url, lora_r=4, max_tokens=config.max_tokens,
+        max_prompt_tokens=config.max_prompt_tokens, extra=["--max-loras=3", "--max-cpu-loras=6"],
     )  # fmt: skip
 
 
@@ -246,6 +247,82 @@ def test_a_server_that_holds_another_base_is_found_out(config, url, tmp_path):
         train(other)
 
 
+# -- rollouts that run ahead -------------------------------------------------------------------
+
+
+def test_rollouts_run_ahead_through_a_server_that_is_slow(config, url, tmp_path, monkeypatch):
+    """Each reply takes two seconds more, a part of which passes while a step is trained, which
+    takes one here. The server then holds the adapters of two steps, and each rollout is of the one
+    that it should be."""
+    real, n_loaded = Server.complete, []
+
+    async def complete(self, client, body, policies, member):
+        completions = await real(self, client, body, policies, member)
+        await asyncio.sleep(2)
+        n_loaded.append(sum(bool(names) for names in self.loaded.values()))
+        return completions
+
+    def learn(self, rows):
+        time.sleep(1)
+        return real_learn(self, rows)
+
+    real_learn = Learner.learn
+    monkeypatch.setattr(Server, "complete", complete)
+    monkeypatch.setattr(Learner, "learn", learn)
+    run = train(dataclasses.replace(
+        config, vllm_url=url, rollouts_ahead=1, n_grpo_steps=4, eval_every=0,
+        base_dir=str(tmp_path / "runs"),
+    ))  # fmt: skip
+    assert adapters_on(url) == []
+    check_files(run, 4)
+    for row in steps_of(run):
+        assert 0 < row["sampler/logprob_diff_max"] < 1e-3
+        assert row["staleness/steps"] == min(1, row["step"] - 1)
+        rows = read_lines(run / "rollouts" / f"step_{row['step']:06d}.jsonl")
+        assert {r["policy_step"] for r in rows} == {max(0, row["step"] - 2)}
+    rows = read_lines(run / "rollouts" / "step_000004.jsonl")[:12]
+    reported = np.concatenate([row["sampler_logprobs"] for row in rows])
+    gaps = [
+        np.abs(reported - peft_logprobs(Path(config.model_id), run / "adapters" / name, rows, 1.0))
+        for name in ("step_000002", "step_000003", "step_000001")
+    ]
+    assert gaps[0].max() < 1e-4 < 1e-3 < min(gaps[1].max(), gaps[2].max())
+    assert max(n_loaded) == 2
+    hidden = [row["time/generation"] - row["time/waiting"] for row in steps_of(run)[2:]]
+    assert min(hidden) > 0.5
+
+
+# -- several runs through one server ----------------------------------------------------------
+
+
+def test_members_through_one_server_each_sample_from_their_own_adapter(
+    config, url, tmp_path, monkeypatch
+):
+    """Ranks 1 and 4, another loss, another seed; a server that would mix two up is found."""
+    plain = dataclasses.replace(config, base_dir=str(tmp_path / "runs"), n_grpo_steps=2)
+    plain = dataclasses.replace(plain, vllm_url=url)
+    members = [
+        plain,
+        dataclasses.replace(plain, lora_r=4, seed=7),
+        dataclasses.replace(plain, loss_type="dr_grpo", use_std_norm=False),
+    ]
+    for run in train_together(members):
+        check_files(run, 2)
+        for row in steps_of(run):
+            assert 0 < row["sampler/logprob_diff_max"] < 1e-3
+    assert adapters_on(url) == []
+    real = VllmSampler.load
+    monkeypatch.setattr(
+        VllmSampler, "load", lambda self, *folders: real(self, *folders[1:], folders[0])
+    )
+    same_rank = [members[0], members[2], dataclasses.replace(plain, seed=9)]
+    with pytest.raises(RunError, match="member 0: the sampler does not follow the adapter"):
+        train_together(same_rank)
+
+
+# -- a server that is killed --------------------------------------------------------------------
+
+
 def kill_in_step(step: int, url: str, monkeypatch) -> threading.Event:
     """Have the server killed once the first completions of `step` have come, before the others are
     asked for; set when it is done.
@@ -370,14 +447,14 @@ def qwen_url(qwen, tmp_path_factory):
         yield address
 
 
-@pytest.mark.parametrize("name", ["gsm8k", "math"])
-def test_two_steps_on_real_problems(name, qwen, qwen_url):
+def test_two_steps_on_real_problems(qwen, qwen_url):
+    """Trained on MATH, evaluated on GSM8K."""
     run = train(
         dataclasses.replace(
             qwen,
             vllm_url=qwen_url,
-            dataset_path=str(SHARED / "data" / f"{name}_train.jsonl"),
-            eval_dataset_path=str(SHARED / "data" / f"{name}_eval.jsonl"),
+            dataset_path=str(SHARED / "data" / "math_train.jsonl"),
+            eval_dataset_path=str(SHARED / "data" / "gsm8k_eval.jsonl"),
         )
     )
     check_files(run, 2)
@@ -389,85 +466,3 @@ def test_two_steps_on_real_problems(name, qwen, qwen_url):
         assert "\\boxed{}" in row["prompt"]
         assert row["gold"]
     assert [row["eval/total"] for row in read_metrics(run) if "eval/total" in row] == [4.0, 4.0]
-
-
-# -- rollouts that run ahead -------------------------------------------------------------------
-
-
-def test_rollouts_run_ahead_through_a_server_that_is_slow(config, tmp_path, monkeypatch):
-    """Each reply takes four seconds more, a part of which passes while a step is trained, which
-    takes two here. The server then holds the adapters of two steps, and each rollout is of the one
-    that it should be."""
-    real, n_loaded = Server.complete, []
-
-    async def complete(self, client, body, policies, member):
-        completions = await real(self, client, body, policies, member)
-        await asyncio.sleep(4)
-        n_loaded.append(sum(bool(names) for names in self.loaded.values()))
-        return completions
-
-    def learn(self, rows):
-        time.sleep(2)
-        return real_learn(self, rows)
-
-    real_learn = Learner.learn
-    monkeypatch.setattr(Server, "complete", complete)
-    monkeypatch.setattr(Learner, "learn", learn)
-    with vllm_server(
-        Path(config.model_id), tmp_path / "server.log", rollouts_ahead=1, lora_r=config.lora_r,
-        max_tokens=config.max_tokens, max_prompt_tokens=config.max_prompt_tokens,
-    ) as address:  # fmt: skip
-        run = train(dataclasses.replace(
-            config, vllm_url=address, rollouts_ahead=1, n_grpo_steps=6, eval_every=3,
-            base_dir=str(tmp_path / "runs"),
-        ))  # fmt: skip
-        assert adapters_on(address) == []
-    check_files(run, 6)
-    for row in steps_of(run):
-        assert 0 < row["sampler/logprob_diff_max"] < 1e-3
-        assert row["staleness/steps"] == min(1, row["step"] - 1)
-        rows = read_lines(run / "rollouts" / f"step_{row['step']:06d}.jsonl")
-        assert {r["policy_step"] for r in rows} == {max(0, row["step"] - 2)}
-    rows = read_lines(run / "rollouts" / "step_000005.jsonl")[:12]
-    reported = np.concatenate([row["sampler_logprobs"] for row in rows])
-    gaps = [
-        np.abs(reported - peft_logprobs(Path(config.model_id), run / "adapters" / name, rows, 1.0))
-        for name in ("step_000003", "step_000004", "step_000002")
-    ]
-    assert gaps[0].max() < 1e-4 < 1e-3 < min(gaps[1].max(), gaps[2].max())
-    assert max(n_loaded) == 2
-    hidden = [row["time/generation"] - row["time/waiting"] for row in steps_of(run)[2:]]
-    assert min(hidden) > 1
-
-
-# -- several runs through one server ----------------------------------------------------------
-
-
-def test_members_through_one_server_each_sample_from_their_own_adapter(
-    config, tmp_path, monkeypatch
-):
-    """Ranks 1 and 4, another loss, another seed; a server that would mix two up is found."""
-    plain = dataclasses.replace(config, base_dir=str(tmp_path / "runs"), n_grpo_steps=2)
-    loras = ["--max-loras", "3", "--max-cpu-loras", "6"]
-    with vllm_server(
-        Path(config.model_id), tmp_path / "server.log", lora_r=4, max_tokens=config.max_tokens,
-        max_prompt_tokens=config.max_prompt_tokens, extra=loras,
-    ) as address:  # fmt: skip
-        plain = dataclasses.replace(plain, vllm_url=address)
-        members = [
-            plain,
-            dataclasses.replace(plain, lora_r=4, seed=7),
-            dataclasses.replace(plain, loss_type="dr_grpo", use_std_norm=False),
-        ]
-        for run in train_together(members):
-            check_files(run, 2)
-            for row in steps_of(run):
-                assert 0 < row["sampler/logprob_diff_max"] < 1e-3
-        assert adapters_on(address) == []
-        real = VllmSampler.load
-        monkeypatch.setattr(
-            VllmSampler, "load", lambda self, *folders: real(self, *folders[1:], folders[0])
-        )
-        same_rank = [members[0], members[2], dataclasses.replace(plain, seed=9)]
-        with pytest.raises(RunError, match="member 0: the sampler does not follow the adapter"):
-            train_together(same_rank)

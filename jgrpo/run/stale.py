@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from scipy import stats
+from scipy import special
 
 from jgrpo.config import Config
 from jgrpo.policy import adapter as adapters
@@ -99,7 +99,7 @@ class Slope:
     @property
     def is_stale(self) -> bool:
         """Is a part of the tokens another adapter's, beyond doubt?"""
-        errors_away = stats.t.isf(BEYOND_DOUBT, max(1.0, self.n_steps - 1))
+        errors_away = -special.stdtrit(max(1.0, self.n_steps - 1), BEYOND_DOUBT)
         return bool(self.value - errors_away * self.error > STALE_SHARE)
 
 

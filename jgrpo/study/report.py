@@ -17,7 +17,7 @@ from markdown_it import MarkdownIt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from safetensors.numpy import load_file
-from scipy import stats
+from scipy import special
 
 from jgrpo.run.curves import COLOURS, GRID, INK
 from jgrpo.run.rundir import adapter_folder, read_metrics, write_whole
@@ -92,7 +92,7 @@ class Interval:
         n = len(values)
         if n < 2:
             return cls(float(np.mean(values)), math.nan)
-        t = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1))
+        t = float(special.stdtrit(n - 1, (1 + CONFIDENCE) / 2))
         return cls(float(np.mean(values)), t * float(np.std(values, ddof=1)) / math.sqrt(n))
 
     def __str__(self) -> str:

@@ -1,5 +1,5 @@
 """The study's experiments, flag by flag, on the tests' tiny model: each runs from the flags of the
-command line, and does to the numbers what it says and nothing else."""
+command line, beside the others, and does to the numbers what it says and nothing else."""
 
 import os
 import subprocess
@@ -22,7 +22,7 @@ from tiny_run import (
 
 from jgrpo import cli
 from jgrpo.run.rundir import read_metrics
-from jgrpo.train import train
+from jgrpo.train import train_together
 
 ROOT = Path(__file__).parents[2]
 FLAGS = {
@@ -64,18 +64,16 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(root):
-    """runs(name) -> the folder of that experiment, from its flags; "" is the baseline."""
-    done: dict[str, Path] = {}
-
-    def get(name: str) -> Path:
-        if name not in done:
-            flags = FLAGS.get(name, "").format(root=root).split()
-            done[name] = train(
-                cli.parse(cli.Train, ["--config", str(root / "tiny.py"), *flags]).options
-            )
-        return done[name]
-
-    return get
+    """The folder of each experiment, trained from its flags; "" is the baseline. Side by side, so
+    that they are compiled as one program."""
+    lines = {"": "", **FLAGS}
+    configs = [
+        cli.parse(
+            cli.Train, ["--config", str(root / "tiny.py"), *flags.format(root=root).split()]
+        ).options
+        for flags in lines.values()
+    ]
+    return dict(zip(lines, train_together(configs), strict=True))
 
 
 def rollouts(run: Path, step: int) -> list[dict]:
@@ -88,7 +86,7 @@ def last(run: Path) -> dict:
 
 @pytest.mark.parametrize("name", FLAGS)
 def test_the_experiment_runs_and_all_that_it_logs_is_finite(runs, name):
-    rows = [row for row in read_metrics(runs(name)) if "train/loss" in row]
+    rows = [row for row in read_metrics(runs[name]) if "train/loss" in row]
     assert [row["step"] for row in rows] == [1, 2]
     assert all(np.isfinite(value) for row in rows for value in row.values())
 
@@ -111,17 +109,17 @@ def test_with_one_update_a_rollout_kl_and_clip_change_not_a_bit(root, tmp_path):
 
 @pytest.mark.parametrize("name", [n for n in FLAGS if n not in ("kl", "clip", "rank 4")])
 def test_every_other_technique_changes_the_adapter(runs, name):
-    assert not same_bits(final_adapter(runs(name)), final_adapter(runs("")))
+    assert not same_bits(final_adapter(runs[name]), final_adapter(runs[""]))
 
 
 def test_rank_4_is_of_rank_4(runs):
-    shapes = {k: v.shape for k, v in final_adapter(runs("rank 4")).items()}
+    shapes = {k: v.shape for k, v in final_adapter(runs["rank 4"]).items()}
     assert all(4 in shape for shape in shapes.values())
 
 
 def test_every_part_of_the_reward_is_logged_and_adds_up(runs):
     for name, part in (("length penalty", "length_penalty"), ("prm", "process")):
-        for line in rollouts(runs(name), 1):
+        for line in rollouts(runs[name], 1):
             parts = line["reward_parts"]
             assert parts.keys() == {"outcome", part}
             by_hand = {
@@ -129,40 +127,40 @@ def test_every_part_of_the_reward_is_logged_and_adds_up(runs):
                 "length penalty": parts["outcome"] + parts.get("length_penalty", 0),
             }[name]
             assert line["reward"] == pytest.approx(by_hand, abs=1e-6)
-        values = [line["reward_parts"][part] for line in rollouts(runs(name), 2)]
-        assert last(runs(name))[f"reward/{part}"] == pytest.approx(np.mean(values), abs=1e-6)
+        values = [line["reward_parts"][part] for line in rollouts(runs[name], 2)]
+        assert last(runs[name])[f"reward/{part}"] == pytest.approx(np.mean(values), abs=1e-6)
         assert np.std(values) > 1e-3  # a part that is the same for all would say nothing
 
 
 def test_process_scores_are_probabilities_and_accuracy_stays_that_of_the_outcome(runs):
-    lines = rollouts(runs("prm"), 2)
+    lines = rollouts(runs["prm"], 2)
     assert all(0 < line["reward_parts"]["process"] < 1 for line in lines)
     outcomes = [line["reward_parts"]["outcome"] for line in lines]
-    assert last(runs("prm"))["train/accuracy"] == pytest.approx(np.mean(outcomes))
+    assert last(runs["prm"])["train/accuracy"] == pytest.approx(np.mean(outcomes))
 
 
 def test_a_reward_of_one_s_own_takes_the_outcome_s_place(runs):
-    for line in rollouts(runs("custom"), 1):
+    for line in rollouts(runs["custom"], 1):
         by_hand = 2 * line["reward_parts"]["outcome"] - 0.1 * len(line["completion"])
         assert line["reward"] == pytest.approx(by_hand, abs=1e-5)
 
 
 def test_several_updates_move_the_ratio_and_one_does_not(runs):
-    assert last(runs(""))["train/approx_kl"] < 1e-9
-    assert last(runs("cispo"))["train/approx_kl"] > 1e-7
-    assert last(runs("gspo"))["train/clip_fraction"] > 0  # widths of 3e-4 bind soon
+    assert last(runs[""])["train/approx_kl"] < 1e-9
+    assert last(runs["cispo"])["train/approx_kl"] > 1e-7
+    assert last(runs["gspo"])["train/clip_fraction"] > 0  # widths of 3e-4 bind soon
 
 
 def test_dynamic_sampling_trains_on_mixed_groups_as_far_as_it_finds_them(runs):
-    row = last(runs("dapo"))
+    row = last(runs["dapo"])
     assert row["train/sampling_rounds"] >= 1
     plain, dynamic = (
-        np.mean([row["train/zero_advantage_fraction"] for row in read_metrics(runs(name))])
+        np.mean([row["train/zero_advantage_fraction"] for row in read_metrics(runs[name])])
         for name in ("", "dapo")
     )
     assert dynamic <= plain
 
 
 def test_the_learning_rate_is_logged(runs):
-    rows = read_metrics(runs("the rest"))
+    rows = read_metrics(runs["the rest"])
     assert [row["train/lr"] for row in rows] == pytest.approx([0.0, 2e-3 * 0.75])
