@@ -4,8 +4,9 @@
 
 Both sides train the same rollouts, a member's each, with the same micro-batch. Each is a process of
 its own and works when it is its turn; the ratio is of neighbouring turns, the first turn
-(compilation) is left out. Memory is what a turn takes beside what was resident before it, of one
-lone member and of all side by side. Last line: one JSON document. Linux only.
+(compilation) is left out. Processor time says more where the machine is shared. Memory is what a
+turn takes beside what was resident before it, of one lone member and of all side by side. Last
+line: one JSON document. Linux only.
 """
 
 import dataclasses
@@ -38,7 +39,8 @@ class Args:
 
 
 def work(args: Args, together: bool, turns, answers) -> None:
-    """For each turn that is asked for: seconds, norms of the members, and peak memory."""
+    """For each turn that is asked for: seconds, of the clock and of the processor, norms of the
+    members, and peak memory."""
     import numpy as np
 
     from jgrpo.policy.lora import stacked_up
@@ -68,11 +70,12 @@ def work(args: Args, together: bool, turns, answers) -> None:
     while turns.get():
         forget_peak()
         before, _ = resident_bytes()
-        start, norms = time.perf_counter(), []
+        start, norms = [time.perf_counter(), time.process_time()], []
         for learner, side in learners:
             found = learner.learn({i: rows[e] for i, e in enumerate(side)})
             norms += [found[i]["train/grad_norm"] for i in range(len(side))]
-        seconds = time.perf_counter() - start
+        now = time.perf_counter(), time.process_time()
+        seconds = [b - a for a, b in zip(start, now, strict=True)]
         answers.put((seconds, np.array(norms), resident_bytes()[1] - before))
 
 
@@ -90,20 +93,21 @@ def main(args: Args) -> None:
         for together, (turns, answers, _) in sides.items():
             turns.put(1)
             found[together].append(answers.get())
-        (lone_s, lone, _), (both_s, both, _) = found[False][-1], found[True][-1]
-        print(f"turn {turn}: alone {lone_s:.2f} s, together {both_s:.2f} s, "
-              f"{both_s / lone_s:.3f}; norms differ by {abs(both / lone - 1).max():.1e}",
+        (alone, lone, _), (company, both, _) = found[False][-1], found[True][-1]
+        print(f"turn {turn}: alone {alone[0]:.2f} s ({alone[1]:.2f} s of processor time), together "
+              f"{company[0]:.2f} s ({company[1]:.2f} s), {company[0] / alone[0]:.3f} "
+              f"({company[1] / alone[1]:.3f}); norms differ by {abs(both / lone - 1).max():.1e}",
               flush=True)  # fmt: skip
     for turns, _, process in sides.values():
         turns.put(None)
         process.join()
     pairs = list(zip(found[False][1:], found[True][1:], strict=True))
-    ratio = median(b[0] / a[0] for a, b in pairs)
+    clock, processor = (median(b[0][i] / a[0][i] for a, b in pairs) for i in range(2))
     memory = median(b[2] for _, b in pairs) / median(a[2] for a, _ in pairs)
-    print(f"{args.members} members of rank {args.lora_r}: {ratio:.3f} x the lone phases' time, "
-          f"{memory:.2f} x a lone turn's memory")  # fmt: skip
-    print(json.dumps({"time": ratio, "memory": memory, "seconds": [
-        [a[0], b[0]] for a, b in pairs]}))  # fmt: skip
+    print(f"{args.members} members of rank {args.lora_r}: {clock:.3f} x the lone phases' time,")
+    print(f"{processor:.3f} x their processor time, {memory:.2f} x a lone turn's memory")
+    print(json.dumps({"time": clock, "processor_time": processor, "memory": memory,
+                      "seconds": [[a[0], b[0]] for a, b in pairs]}))  # fmt: skip
 
 
 if __name__ == "__main__":

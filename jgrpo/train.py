@@ -43,6 +43,7 @@ from jgrpo.run.difficulty import of_this_difficulty
 from jgrpo.run.evaluation import evaluate_members
 from jgrpo.run.groups import Rollout
 from jgrpo.run.hosts import is_first, join, leading
+from jgrpo.run.mix_up import check_members
 from jgrpo.run.policy import begun, open_policies
 from jgrpo.run.probe import check_sampler, gap_problem, gaps_to, of_a_stale_policy
 from jgrpo.run.record import Record, common_step, skipped_at_the_end, stop, where_it_went
@@ -109,6 +110,7 @@ class Loop:
         )  # fmt: skip
         watched = shared.rollout == "vllm" and shared.check_stale
         self.watch = Watch(s.configs, s.policy) if watched else None
+        self.rounding = 0.0  # the sampler's mean gap to the probe
 
     def step(self, step: int) -> None:
         """Learn from the rollouts of a step, publish adapters `step`, log."""
@@ -173,6 +175,7 @@ class Loop:
             "the sampler follows the adapter: gap {probe/gap_mean:.1e} mean, {probe/gap_max:.1e} "
             "max (to the base: {probe/gap_to_base_mean:.1e})".format(**gaps)
         )
+        self.rounding = gaps["probe/gap_mean"]
         self.publish(first)
         for probe in probes:
             shutil.rmtree(probe)  # only now: a server dies if a loaded adapter's folder goes
@@ -256,6 +259,19 @@ class Loop:
                     adapters.save(member.state[0], member.folder, shape, c.model_id)
         with self.screen.phase("reload"):
             self.ahead.load(step)
+            self.check_loaded(step)
+
+    def check_loaded(self, step: int) -> None:
+        """RunError if a server takes one member's adapter for another's."""
+        session = self.session
+        if len(self.members) == 1 or session.shared.rollout != "vllm":
+            return
+        check_members(
+            session.configs, session.policy, self.sampler, session.problems,
+            {e: self.members[e].state[0] for e in self.running},
+            names=[member.log.name.strip() for member in self.members],
+            rounding=self.rounding, seed=step,
+        )  # fmt: skip
 
     def folders(self, step: int) -> list[Path]:
         """The adapters of a step; of a member that has ended its last one."""

@@ -63,7 +63,7 @@ def check_sampler(
     the sampler does not follow an adapter (a fresh one, B = 0, would look right even if it were
     ignored).
     """
-    prompts = [list(p.prompt_ids) for p in problems.train[:PROBE_PROMPTS]]
+    prompts = probe_prompts(problems)
     probes = []
     for e, (config, folder) in enumerate(zip(configs, folders, strict=True)):
         probes.append(_probe_adapter(policy, e, prompts, config))
@@ -71,22 +71,35 @@ def check_sampler(
         shape = AdapterConfig(config.lora_r, config.lora_alpha, config.lora_target_modules)
         adapters.save(probes[e], folder, shape, config.model_id)
     sampler.load(*folders)
-    shared, n = configs[0], len(prompts)
-    completions = [
-        group[0]
-        for group in sampler.sample(
-            prompts * len(configs),
-            seeds=[seed for c in configs for seed in prompt_seeds(c.seed, 0, n)],
-            members=[e for e in range(len(configs)) for _ in prompts],
-            temperature=shared.temperature,
-            max_tokens=min(PROBE_TOKENS, shared.max_tokens),
-        )
-    ]
+    completions = short_completions(configs, range(len(configs)), sampler, prompts, 0)
     gaps = [
-        _gaps(config, policy, e, probes[e], prompts, completions[e * n : (e + 1) * n])
+        _gaps(config, policy, e, probes[e], prompts, completions[e])
         for e, config in enumerate(configs)
     ]
     return max(gaps, key=lambda gap: gap["probe/gap_mean"])
+
+
+def probe_prompts(problems: Problems) -> list[list[int]]:
+    return [list(p.prompt_ids) for p in problems.train[:PROBE_PROMPTS]]
+
+
+def short_completions(
+    configs: Sequence[Config],
+    members: Sequence[int],
+    sampler: Sampler,
+    prompts: list[list[int]],
+    step: int,
+) -> dict[int, list[Completion]]:
+    """One of each prompt, by what is loaded of each of these members; `step` counts as a seed."""
+    shared, n = configs[0], len(prompts)
+    groups = sampler.sample(
+        prompts * len(members),
+        seeds=[seed for e in members for seed in prompt_seeds(configs[e].seed, step, n)],
+        members=[e for e in members for _ in prompts],
+        temperature=shared.temperature,
+        max_tokens=min(PROBE_TOKENS, shared.max_tokens),
+    )
+    return {e: [g[0] for g in groups[i * n : (i + 1) * n]] for i, e in enumerate(members)}
 
 
 def _gaps(
@@ -98,15 +111,13 @@ def _gaps(
     completions: Sequence[Completion],
 ) -> dict[str, float]:
     """Of a member's completions: to its probe adapter, and to the base. RunError as above."""
-    tokens = [c.token_ids for c in completions]
-    reported = np.concatenate([c.logprobs for c in completions])
-    gap = lambda adapter: np.abs(  # noqa: E731
-        reported - _logprobs(policy, e, adapter, prompts, tokens, config.temperature)
+    to_probe, to_base = (
+        np.abs(gaps_of(policy, e, adapter, prompts, completions, config.temperature))
+        for adapter in (probe, switched_off(probe))
     )
-    to_probe, to_base = gap(probe), gap(switched_off(probe))
     of_member = f"member {e}: " if len(policy.scales) > 1 else ""
     figures = (
-        f"on {len(reported)} tokens sampled from a probe adapter, |logprob of the sampler - of the "
+        f"on {len(to_probe)} tokens sampled from a probe adapter, |logprob of the sampler - of the "
         f"trainer| is {to_probe.mean():.2g} on average and {to_probe.max():.2g} at most; to the "
         f"trainer without the adapter it is {to_base.mean():.2g} on average"
     )
@@ -209,6 +220,14 @@ def _probe_adapter(policy: Policy, e: int, prompts: list[list[int]], config: Con
         raise RunError("no adapter changes this model's logprobs: are its weights all zero?")
     wanted = PROBE_SHIFT_NATS if largest > PROBE_SHIFT_NATS else largest / 2
     return scaled(next(power for power, shift in shifts.items() if shift > wanted))
+
+
+def gaps_of(policy: Policy, e, adapter, prompts, completions: Sequence[Completion], temperature):
+    """float [all tokens]: logprob of the sampler - of the trainer, by an adapter of member e's
+    shape."""
+    tokens = [c.token_ids for c in completions]
+    reported = np.concatenate([c.logprobs for c in completions])
+    return reported - _logprobs(policy, e, adapter, prompts, tokens, temperature)
 
 
 def _logprobs(policy, e, adapter, prompts, completions, temperature) -> np.ndarray:
