@@ -85,7 +85,8 @@ def on_rollouts(options: Rollouts, console: Console) -> Path:
     from jgrpo.run.scoring import open_scorers
     from jgrpo.run.session import configure_jax
     from jgrpo.study import compare as fixed  # only now: help and mistakes do not wait for JAX
-    from jgrpo.study.report import draw_cosines, table, write_report
+    from jgrpo.study.pictures import draw_cosines
+    from jgrpo.study.report import table, write_report
 
     configure_jax()
     sampled_by = options.step - 1
@@ -151,7 +152,7 @@ def variant_on_rollouts(variant: Variant, config: Config) -> Config:
 
 def as_runs(command: cli.AblateRuns, console: Console) -> Path:
     """Train what is not done yet, then report -> the folder of the report."""
-    from jgrpo.study import report, sweep
+    from jgrpo.study import pictures, report, sweep
     from jgrpo.train import train_together
 
     if command.config is None:
@@ -187,11 +188,11 @@ What each variant is:
 
 ![curves](curves.png)
 """
-    pictures = {
-        "effects.png": report.draw_effects(results, references, command.margin),
-        "curves.png": report.draw_curves(results, references),
+    drawn = {
+        "effects.png": pictures.draw_effects(results, references, command.margin),
+        "curves.png": pictures.draw_curves(results, references),
     }
-    report.write_report(command.out, f"Ablation of {command.config.stem}", text, pictures)
+    report.write_report(command.out, f"Ablation of {command.config.stem}", text, drawn)
     header, body = found
     show(console, [header[0], header[2], header[5], header[-1]],
          [[row[0], row[2], row[5], row[-1]] for row in body])  # fmt: skip

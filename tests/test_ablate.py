@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from conftest import OWN_FUSIONS
 from rich.console import Console
+from safetensors.numpy import save_file
 from tiny_run import tiny_config, write_base, write_config_file, write_problems
 
 from jgrpo import cli
@@ -22,9 +23,10 @@ from jgrpo.ablate import Rollouts, as_runs, on_rollouts, show, variant_on_rollou
 from jgrpo.errors import InputError
 from jgrpo.policy.adapter import adapter_arrays
 from jgrpo.run.policy import open_policy
-from jgrpo.run.rundir import read_metrics
+from jgrpo.run.rundir import adapter_folder, read_metrics, rollouts_file
 from jgrpo.run.scoring import Scorers
 from jgrpo.study import compare, report, sweep
+from jgrpo.study.sameness import sameness
 from jgrpo.study.variants import read_variants
 from jgrpo.train import train
 from jgrpo.update.learner import Learner, batches_of, loss_of, parts_of, update_of
@@ -302,8 +304,7 @@ def test_the_command_line_says_what_it_can_do():
 
 
 def fake(final: float, **others) -> report.Run:
-    fields = {"steps": [0, 1], "accuracy": [0.0, final], "adapter": {"a": np.array([final])},
-              "fresh": {"a": np.zeros(1)}}  # fmt: skip
+    fields = {"steps": [0, 1], "accuracy": [0.0, final], "folder": Path()}
     fields |= dict.fromkeys(("generated_tokens", "trained_tokens", "seconds"), 1.0)
     return report.Run(**(fields | others))
 
@@ -314,6 +315,14 @@ def test_an_interval_by_hand():
     assert interval.mean == 3
     assert interval.half == pytest.approx(2.776445 * math.sqrt(2.5 / 5), rel=1e-6)
     assert math.isnan(report.Interval.of([1.0]).half)
+
+
+def test_the_seeds_that_an_interval_would_take_by_hand():
+    # s = 1, so t(n - 1) / sqrt(n) <= 0.5: 2.10092 / sqrt 19 = 0.482, 2.10982 / sqrt 18 = 0.497 and
+    # 2.11991 / sqrt 17 = 0.514.
+    interval = report.Interval.of([-1.0, 0.0, 1.0])
+    assert interval.seeds_for(0.5) == 18
+    assert interval.seeds_for(interval.half * 1.0001) == 3
 
 
 def test_differences_are_paired_by_seed():
@@ -335,36 +344,62 @@ def test_differences_are_paired_by_seed():
     ],
 )
 def test_verdicts(gain, half, says):
-    flat = report.Interval(0.0, 0.1)
-    assert report.verdict(report.Interval(gain, half), flat, "", 0.02).startswith(says)
-    same = report.verdict(report.Interval(gain, half), flat, "to rounding", 0.02)
+    flat = report.Interval(0.0, 0.1, 5)
+    assert report.verdict(report.Interval(gain, half, 5), flat, "", 0.02).startswith(says)
+    same = report.verdict(report.Interval(gain, half, 5), flat, "to rounding", 0.02)
     assert same == "the same to rounding: says nothing about the technique"
 
 
-def ended(*values: float, final: float = 0.5) -> report.Run:
-    return fake(final, adapter={"a": np.array(values)}, fresh={"a": np.zeros(len(values))})
+def test_an_undecided_row_says_how_many_seeds_it_would_take():
+    # s = 0.05 sqrt 5 / 2.776445 = 0.040268; t(n - 1) s / sqrt n is 0.02003 at 18, 0.01941 at 19.
+    says = report.verdict(report.Interval(0.0, 0.05, 5), report.Interval(0.0, 0.1, 5), "", 0.02)
+    assert says == "undecided: ± 2 points would take about 19 seeds"
 
 
-def test_runs_are_the_same_to_the_bit_to_rounding_or_not():
-    """Apart by less than a thousandth of the way that training took (here 5: 3 and 4)."""
-    reference = {0: ended(3.0, 4.0), 1: ended(3.0, 4.0)}
-    for second, says in (
-        (ended(3.0, 4.0), "to the bit"),
-        (ended(3.0, 4.0 + 1e-5), "to rounding"),
-        (ended(3.0, 4.006), ""),
-        (ended(3.0, 4.0 + 1e-5, final=0.6), ""),  # its evaluations differ
-        (ended(3.0), ""),  # another rank
-    ):
-        assert report.sameness({0: ended(3.0, 4.0), 1: second}, reference) == says, says
-    assert report.sameness({0: ended(3.0, 4.0)}, reference) == ""
+def ended(run_dir: Path, *adapters, tokens=(1, 2, 3)) -> Path:
+    """A run folder: a step's adapter for each, from zeros, and a completion of one token each."""
+    for step, values in enumerate((np.zeros_like(adapters[0]), *adapters)):
+        (folder := adapter_folder(run_dir, step)).mkdir(parents=True)
+        save_file({"a": np.array(values, np.float64)}, folder / "adapter_model.safetensors")
+    (run_dir / "rollouts").mkdir()
+    for step, token in enumerate(tokens[: len(adapters)], start=1):
+        line = {"token_ids": [token], "sampler_logprobs": [-1.0 / len(str(run_dir))]}
+        rollouts_file(run_dir, step).write_text(json.dumps(line) + "\n")
+    return run_dir
 
 
-def test_equal_rows_get_equal_verdicts_and_one_row_is_the_reference():
-    seeds = range(3)
+def test_runs_are_the_same_to_the_bit_to_rounding_or_not(tmp_path):
+    """Apart by less than a thousandth of the way that training has taken (5: 3 and 4, then 10)."""
+    way = ([3.0, 4.0], [6.0, 8.0], [6.0, 8.0])
+    reference = {seed: ended(tmp_path / f"reference_{seed}", *way) for seed in (0, 1)}
+    near = ([3.0, 4.0], [6.0, 8.0 + 1e-5], [6.0, 8.0])
+    token = "to rounding, until a token fell otherwise (in 1 of 2 seeds)"
+    for i, (says, adapters, others) in enumerate((
+        ("to the bit", way, {}),
+        ("to rounding", near, {}),
+        ("", ([3.0, 4.0], [6.0, 8.011], [6.0, 8.0]), {}),
+        (token, (*near[:2], [60.0, 80.0]), {"tokens": (1, 2, 4)}),
+        ("", ([3.0, 4.0], [60.0, 80.0]), {"tokens": (1, 4)}),  # one step cannot show it
+        ("", ([3.0], [6.0]), {}),  # another rank
+    )):  # fmt: skip
+        first = ended(tmp_path / f"{i}_0", *way)
+        row = {0: first, 1: ended(tmp_path / f"{i}_1", *adapters, **others)}
+        assert sameness(row, reference) == says, (i, says)
+    assert sameness({0: first}, reference) == ""
+    still = ended(tmp_path / "still", [0.0, 0.0], [0.0, 0.0])
+    assert sameness({0: first}, {0: still}) == ""
+    assert sameness({0: still}, {0: still}) == "to the bit"
+
+
+def test_equal_rows_get_equal_verdicts_and_one_row_is_the_reference(tmp_path):
     results = {
-        "rank1": {s: ended(3.0, 4.0 + s) for s in seeds},
-        "bit": {s: ended(3.0, 4.0 + s) for s in seeds},
-        "rounding": {s: ended(3.0, 4.0 + s + 1e-6) for s in seeds},
+        name: {
+            seed: fake(
+                0.5, folder=ended(tmp_path / f"{name}_{seed}", [3.0, 4.0 + apart], [6.0, 8.0])
+            )
+            for seed in range(3)
+        }
+        for name, apart in (("rank1", 0.0), ("bit", 0.0), ("rounding", 1e-6))
     }
     _, rows = report.results_table(results, dict.fromkeys(results, "rank1"), 0.02)
     assert [row[-1] for row in rows] == [
@@ -377,7 +412,7 @@ def test_equal_rows_get_equal_verdicts_and_one_row_is_the_reference():
 def test_names_are_whole_at_80_columns():
     console = Console(file=io.StringIO(), width=80)
     name = "four_updates+use_importance_weights=True"
-    says = "undecided: the interval is too wide; learns later"
+    says = "undecided: ± 2 points would take about 19 seeds; learns later"
     show(console, ["variant", "final accuracy, %", "final, points", "verdict"],
          [[f"`{name}`", "88.7 ± 5.9", "+2.7 ± 2.5", says]])  # fmt: skip
     lines = console.file.getvalue().splitlines()

@@ -1,4 +1,4 @@
-"""What a sweep found: a row a variant, with intervals and a verdict; Markdown, HTML, pictures.
+"""What a sweep found: a row a variant, with intervals and a verdict; Markdown and HTML.
 
 Differences are paired by seed: variant and reference saw the same prompts. Intervals are Student's
 t over the seeds, 95 % (so n = 5 seeds have 4 degrees of freedom).
@@ -14,19 +14,13 @@ from typing import Any
 
 import numpy as np
 from markdown_it import MarkdownIt
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from safetensors.numpy import load_file
 from scipy import special
 
-from jgrpo.run.curves import COLOURS, GRID, INK
-from jgrpo.run.rundir import adapter_folder, read_metrics, write_whole
+from jgrpo.run.rundir import read_metrics, write_whole
+from jgrpo.study.sameness import ROUNDING, sameness
 
 CONFIDENCE = 0.95
-ROUNDING = 1e-3
-"""Runs whose adapters end closer than this share of their way differ by rounding alone: after six
-steps of the quick start GSPO is 3e-6 from GRPO, and what does change something 0.1 or more."""
-GREY = "#9A9A9A"
 STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;color:#222;max-width:70em;margin:2em auto}"
     "table{border-collapse:collapse}td,th{padding:.25em .7em;border-bottom:1px solid #ddd;"
@@ -44,10 +38,7 @@ class Run:
     generated_tokens: float
     trained_tokens: float
     seconds: float
-    adapter: dict[str, np.ndarray]
-    """the last one"""
-    fresh: dict[str, np.ndarray]
-    """the one that training began from"""
+    folder: Path
 
     @property
     def final(self) -> float:
@@ -70,30 +61,33 @@ def read_run(folder: Path) -> Run:
         total("tokens/generated"),
         total("tokens/trained"),
         total("time/step") + total("time/evaluation"),
-        _adapter(sorted((folder / "adapters").glob("step_*"))[-1]),
-        _adapter(adapter_folder(folder, 0)),
+        folder,
     )
-
-
-def _adapter(folder: Path) -> dict[str, np.ndarray]:
-    return load_file(folder / "adapter_model.safetensors")
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over seeds and half the width of its interval (nan for one seed)."""
+    """A mean over n seeds and half the width of its interval (nan for one seed)."""
 
     mean: float
     half: float
+    n: int
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Interval":
         """Student's t: half = t(n - 1) * s / sqrt(n)."""
-        n = len(values)
+        n, mean = len(values), float(np.mean(values))
         if n < 2:
-            return cls(float(np.mean(values)), math.nan)
-        t = float(special.stdtrit(n - 1, (1 + CONFIDENCE) / 2))
-        return cls(float(np.mean(values)), t * float(np.std(values, ddof=1)) / math.sqrt(n))
+            return cls(mean, math.nan, n)
+        return cls(mean, _t(n) * float(np.std(values, ddof=1)) / math.sqrt(n), n)
+
+    def seeds_for(self, half: float) -> int:
+        """The fewest seeds whose interval would be as narrow, if they vary as these do."""
+        s = self.half * math.sqrt(self.n) / _t(self.n)
+        n = max(2, int((s / half) ** 2))
+        while _t(n) * s / math.sqrt(n) > half:
+            n += 1
+        return n
 
     def __str__(self) -> str:
         """In percent."""
@@ -101,31 +95,17 @@ class Interval:
         return f"{100 * self.mean:.1f}{half}"
 
 
+def _t(n: int) -> float:
+    return float(special.stdtrit(n - 1, (1 + CONFIDENCE) / 2))
+
+
 BOTH = ("final", "mean")
 Results = Mapping[str, Mapping[int, Run]]
 """variant -> seed -> run"""
 
 
-def sameness(a: Mapping[int, Run], b: Mapping[int, Run]) -> str:
-    """`to the bit` or `to rounding` if each seed's two runs ended with the same adapter so, and
-    their evaluations gave the same; else nothing."""
-    if a.keys() != b.keys():
-        return ""
-    pairs = [(a[seed], b[seed]) for seed in a]
-    if any(x.adapter.keys() != y.adapter.keys() or x.accuracy != y.accuracy for x, y in pairs):
-        return ""
-    largest = max(_distance(x, y) for x, y in pairs)
-    return "to the bit" if largest == 0 else "to rounding" if largest < ROUNDING else ""
-
-
-def _distance(a: Run, b: Run) -> float:
-    """How far apart two runs' adapters ended, as a share of how far training took the second; inf
-    where their shapes differ."""
-    if any(a.adapter[k].shape != b.adapter[k].shape for k in b.adapter):
-        return math.inf
-    norm = lambda x, y: math.hypot(*(float(np.linalg.norm(x[k] - y[k])) for k in y))  # noqa: E731
-    apart, moved = norm(a.adapter, b.adapter), norm(b.adapter, b.fresh)
-    return apart / moved if apart else 0.0
+def _same(a: Mapping[int, Run], b: Mapping[int, Run]) -> str:
+    return sameness(*({seed: run.folder for seed, run in row.items()} for row in (a, b)))
 
 
 def paired(a: Mapping[int, Run], b: Mapping[int, Run], what: str) -> Interval:
@@ -152,7 +132,8 @@ def verdict(gain: Interval, soon: Interval, same: str, margin: float) -> str:
         return f"contradicts: it gains more than {100 * margin:g} points" + learns
     if high <= margin:
         return f"supports: no gain above {100 * margin:g} points" + learns
-    return "undecided: the interval is too wide" + learns
+    n = gain.seeds_for(margin)
+    return f"undecided: ± {100 * margin:g} points would take about {n} seeds" + learns
 
 
 # -- Markdown and HTML ------------------------------------------------------------------------
@@ -181,7 +162,7 @@ def results_table(
             against = f"`{references[name]}`"
             gain, soon = (paired(runs, other, k) for k in BOTH)
             gains = [_signed(gain), _signed(soon)]
-            says = verdict(gain, soon, sameness(runs, other), margin)
+            says = verdict(gain, soon, _same(runs, other), margin)
         cost = [
             f"{np.mean([getattr(r, k) for r in runs.values()]):,.0f}"
             for k in ("generated_tokens", "trained_tokens", "seconds")
@@ -200,9 +181,10 @@ def explain(margin: float, n_seeds: int) -> str:
 intervals (Student's t). Differences are paired by seed. "Mean over the run" averages all
 evaluations after the first: it tells who learns sooner, also where all end alike. A row supports
 the simple design if it gains no more than {100 * margin:g} points over its reference, and
-contradicts it if it surely gains more. A row whose evaluations equal its reference's, and whose
-adapters ended within {100 * ROUNDING:g} % of the way that training took, is the same but for
-rounding, and says nothing. Tokens and seconds are means of a run (start-up not counted)."""
+contradicts it if it surely gains more. A row whose adapters stay within {100 * ROUNDING:g} % of
+their way from its reference's, for as long as both see the same completions, is the same but for
+rounding: it says nothing, however far apart its accuracy. Tokens and seconds are means of a run
+(start-up not counted)."""
 
 
 def _signed(interval: Interval) -> str:
@@ -222,82 +204,3 @@ def write_report(out: Path, title: str, markdown: str, pictures: Mapping[str, Fi
     page = (f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title>"
             f"<style>{STYLE}</style>{reader.render(inline)}")  # fmt: skip
     write_whole(out / "report.html", page)
-
-
-# -- pictures ---------------------------------------------------------------------------------
-
-
-def draw_curves(results: Results, references: Mapping[str, str]) -> Figure:
-    """A panel a variant: evaluation accuracy over the steps, mean and 95 % band, its reference in
-    grey."""
-    n = len(results)
-    columns = min(5, n)
-    rows = -(-n // columns)
-    figure = Figure(figsize=(2.5 * columns, 2.1 * rows + 0.5), dpi=150, layout="constrained")
-    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-    for axes, (name, runs) in zip(panels.flat, results.items(), strict=False):
-        reference = references[name]
-        if reference != name:
-            _band(axes, results[reference], GREY)
-        _band(axes, runs, COLOURS[0])
-        axes.set_title(name, fontsize=9, color=INK, loc="left")
-        axes.tick_params(labelsize=8, colors=INK, length=0)
-        axes.grid(color=GRID, linewidth=0.7)
-        axes.spines[["top", "right", "left", "bottom"]].set_visible(False)
-    for axes in panels.flat[n:]:
-        axes.set_visible(False)
-    figure.supylabel("evaluation accuracy", fontsize=9, color=INK)
-    figure.supxlabel("step", fontsize=9, color=INK)
-    figure.suptitle("blue: the variant; grey: what it is compared with; mean and 95 % over seeds",
-                    fontsize=9, color=INK)  # fmt: skip
-    return figure
-
-
-def _band(axes: Axes, runs: Mapping[int, Run], colour: str) -> None:
-    first = next(iter(runs.values()))
-    at = [Interval.of([r.accuracy[i] for r in runs.values()]) for i in range(len(first.steps))]
-    mean, half = np.array([a.mean for a in at]), np.nan_to_num([a.half for a in at])
-    low, high = np.clip(mean - half, 0, 1), np.clip(mean + half, 0, 1)
-    axes.fill_between(first.steps, low, high, color=colour, alpha=0.2, linewidth=0)
-    axes.plot(first.steps, mean, color=colour, linewidth=1.6)
-
-
-def draw_effects(results: Results, references: Mapping[str, str], margin: float) -> Figure:
-    """The paired differences of final and of mean accuracy, in points, with their intervals."""
-    names = [n for n in results if references[n] != n]
-    size = (8.4, 0.3 * len(names) + 1.2)
-    figure = Figure(figsize=size, dpi=150, layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
-    for axes, what, label in zip(
-        panels, BOTH, ("final accuracy", "mean over the run"), strict=True
-    ):
-        axes.axvspan(-100 * margin, 100 * margin, color=GRID, alpha=0.6, linewidth=0)
-        axes.axvline(0, color=GREY, linewidth=0.8)
-        gains = [paired(results[n], results[references[n]], what) for n in names]
-        x, half = [100 * g.mean for g in gains], np.nan_to_num([100 * g.half for g in gains])
-        axes.errorbar(x, range(len(names)), xerr=half, fmt="o", color=COLOURS[0], markersize=4,
-                      elinewidth=1.4, capsize=0)  # fmt: skip
-        axes.set_title(f"{label}: difference, points", fontsize=9.5, color=INK, loc="left")
-        axes.tick_params(labelsize=8.5, colors=INK, length=0)
-        axes.spines[["top", "right", "left"]].set_visible(False)
-    panels[0].set_yticks(range(len(names)), names)
-    panels[0].invert_yaxis()
-    return figure
-
-
-def draw_cosines(names: Sequence[str], cosine: np.ndarray) -> Figure:
-    """A heat map of the cosines between the variants' gradients [M, M]."""
-    side = 0.52 * len(names) + 2.2
-    figure = Figure(figsize=(side + 0.8, side), dpi=150, layout="constrained")
-    axes = figure.subplots()
-    image = axes.imshow(cosine, vmin=-1, vmax=1, cmap="RdBu")
-    axes.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=8, color=INK)
-    axes.set_yticks(range(len(names)), names, fontsize=8, color=INK)
-    axes.tick_params(length=0)
-    for (i, j), value in np.ndenumerate(cosine):
-        text = "" if math.isnan(value) else f"{value:.2f}"
-        colour = "white" if abs(value) > 0.6 else INK
-        axes.text(j, i, text, ha="center", va="center", fontsize=7, color=colour)
-    figure.colorbar(image, shrink=0.8).ax.tick_params(labelsize=8)
-    axes.set_title("cosine between adapter gradients", fontsize=10, color=INK, loc="left")
-    return figure
