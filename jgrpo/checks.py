@@ -179,8 +179,8 @@ def _wrong_values(c: Any) -> Iterator[str]:
         )
     if not all(math.isfinite(w) for w in c.reward_weights):
         yield f"reward_weights={c.reward_weights}: must be finite"
-    if c.attn_implementation == "cudnn" and c.dtype != "bfloat16":
-        yield f"attn_implementation=cudnn: needs dtype=bfloat16, not {c.dtype}"
+    if c.attn_implementation == "cudnn" and c.dtype == "float32":
+        yield "attn_implementation=cudnn: needs dtype=bfloat16 or float16, not float32"
     yield from _without_meaning(c)
     if c.overlong_cache > c.expected_maximum_length:
         yield (

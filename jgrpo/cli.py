@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from jgrpo.checks import unread_by_evaluation
 from jgrpo.config import Config, config_of_run, load_config
@@ -119,6 +119,9 @@ class Serve(Command):
     max_loras: int = 1
     """Adapters that are sampled at once: as many as `train` has runs side by side. --lora_r is the
     largest rank among them."""
+    head_dtype: Literal["", "float32"] = ""
+    """float32: the logits leave the last product unrounded, as the trainer's do, which brings the
+    two nearer in 16 bits, for the time that a float32 product takes. Empty: as the base."""
     devices: str = ""
     """Start a server on each of these (0,1,2,3): ports upwards from the first vllm_url's, all ended
     together, one that dies started again; the --vllm_url for the trainer is printed."""

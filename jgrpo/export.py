@@ -29,7 +29,7 @@ class Options:
     """PEFT folder, or a run folder for its last adapter."""
     merge: Path | None = None
     """New folder for base + adapter, a checkpoint that needs no PEFT."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Of the merged weights, rounded once from their float32 sum."""
     base: str = ""
     """The base model, hub id or folder, where it is not the one that the adapter names."""

@@ -32,7 +32,7 @@ from jgrpo.run.session import configure_jax
 from jgrpo.study.compare import read_rollouts, saved_rows
 from jgrpo.update.learner import Learner
 
-TOLERANCE = {"float32": 1e-4, "bfloat16": 0.02}
+TOLERANCE = {"float32": 1e-4, "float16": 0.005, "bfloat16": 0.02}
 """Largest relative difference that another machine may make (and the same below 1e-6)."""
 ADAPTER = "adapter/largest_difference"
 NOT_OF_THE_STEP = ("train/lr", "train/compilations")

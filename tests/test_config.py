@@ -40,7 +40,7 @@ BAD = [
     ("n_eval_prompts", 0), ("grader_timeout_s", 0.0), ("grader_workers", 0),
     ("vllm_timeout_s", -5.0), ("vllm_move_s", 0.0), ("max_logprob_diff", 0.0),
     ("max_mean_logprob_diff", 0.0), ("max_mean_logprob_diff", math.nan),
-    ("attn_implementation", "flash"), ("dtype", "float16"), ("rollout", "sglang"),
+    ("attn_implementation", "flash"), ("dtype", "float8"), ("rollout", "sglang"),
     ("model_id", 7), ("run_dir", None),
     ("vllm_url", "localhost:8000"), ("vllm_url", "http://a:1, b:2"), ("vllm_url", ""),
     ("lora_target_modules", ()), ("lora_target_modules", ("q_proj", "q_proj")),
@@ -103,6 +103,7 @@ def test_defaults_are_the_study_s():
 
 def test_flash_attention_wants_16_bits():
     Config(attn_implementation="cudnn", dtype="bfloat16")
+    Config(attn_implementation="cudnn", dtype="float16")
     with pytest.raises(InputError, match="attn_implementation=cudnn: needs dtype=bfloat16"):
         Config(attn_implementation="cudnn", dtype="float32")
 

@@ -49,6 +49,9 @@ def test_the_command_holds_what_the_config_needs():
     assert "--enforce-eager" not in words
     assert "--enforce-eager" in serve.command(CONFIG, cpu=True)
     assert "--no-enable-chunked-prefill" in serve.command(CONFIG, cpu=True)
+    assert "--hf-overrides" not in words
+    exact = serve.command(CONFIG, cpu=False, head_dtype="float32")
+    assert option(exact, "--hf-overrides") == '{"head_dtype": "float32"}'
 
 
 def test_the_environment_allows_adapters_and_leaves_memory_to_the_trainer():

@@ -85,7 +85,7 @@ def chosen(implementation: str, dtype: str, head_width: int) -> str:
     """ "auto" is flash attention where cuDNN has it on every card: in 16 bits, heads up to 128."""
     if implementation != "auto":
         return implementation
-    fits = dtype == "bfloat16" and head_width <= 128 and head_width % 8 == 0
+    fits = dtype != "float32" and head_width <= 128 and head_width % 8 == 0
     return "cudnn" if backend().flash_attention and fits else "xla"
 
 

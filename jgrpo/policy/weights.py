@@ -8,7 +8,7 @@ in its final type and layout, so that no more than one of them ever exists twice
 import hashlib
 import json
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -296,10 +296,11 @@ def _read(folder: Path, tensors: dict, path: tuple, leaf, mesh: Mesh | None) -> 
         inner = index[1:] if stacked else index
         for i, name in enumerate(names[index[0]] if stacked else names):
             target = array[i] if stacked else array
-            if path[-1] == "kernel":
-                target[...] = tensors[name].get_slice(name)[inner[::-1]].T
-            else:
-                target[...] = tensors[name].get_slice(name)[inner]
+            with np.errstate(over="ignore"):  # what float16 cannot hold is told below
+                if path[-1] == "kernel":
+                    target[...] = tensors[name].get_slice(name)[inner[::-1]].T
+                else:
+                    target[...] = tensors[name].get_slice(name)[inner]
         return read.setdefault(str(index), array)
 
     if mesh is None:
@@ -309,9 +310,18 @@ def _read(folder: Path, tensors: dict, path: tuple, leaf, mesh: Mesh | None) -> 
         filled = jax.make_array_from_callback(leaf.shape, there, part)  # type: ignore[arg-type]
     jax.block_until_ready(filled)  # else several copies are in flight
     if not _is_finite(filled):
-        bad = next(n for n in names if not np.isfinite(tensors[n].get_tensor(n)).all())
-        raise InputError(f"the weights in {folder}: {bad} holds NaN or infinity; download it again")
+        raise InputError(f"the weights in {folder}: {_what_is_not_finite(tensors, names, leaf)}")
     return filled
+
+
+def _what_is_not_finite(tensors: dict, names: Sequence[str], leaf) -> str:
+    for name in names:
+        array = tensors[name].get_tensor(name)
+        if not np.isfinite(array).all():
+            return f"{name} holds NaN or infinity; download it again"
+        if np.abs(array).max() > jnp.finfo(leaf.dtype).max:
+            return f"{name} goes beyond {jnp.dtype(leaf.dtype)}; give --dtype bfloat16"
+    raise AssertionError(names)
 
 
 @jax.jit

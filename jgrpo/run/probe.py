@@ -35,7 +35,7 @@ from jgrpo.run.session import Problems
 from jgrpo.update.learner import Learner, together
 
 PROBE_PROMPTS, PROBE_TOKENS, PROBE_SHIFT_NATS, LEAST_SHIFT_NATS = 4, 16, 0.3, 0.01
-PROBE_SHARE = {"float32": 0.01, "bfloat16": 0.5}
+PROBE_SHARE = {"float32": 0.01, "float16": 0.25, "bfloat16": 0.5}
 """Largest part of the probe's effect by which the sampler may miss it. An adapter that is ignored
 misses by all of it, one layer's projection that is left out by 0.08 and more; float32 rounding by
 1e-6, bfloat16 by 0.1 or more where the model is sure of its tokens."""
@@ -44,7 +44,7 @@ OF_THE_SAMPLER = ("sampler/logprob_diff_mean", "sampler/logprob_diff_max", "samp
 GUARD_TOKENS = 4096
 """Of so many tokens the mean gap is known well enough, whichever they are."""
 
-LARGEST_MEAN_GAP = {"float32": 1e-3, "bfloat16": 0.2}
+LARGEST_MEAN_GAP = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.2}
 """max_mean_logprob_diff where it is not given: several times what rounding explains (nats)."""
 
 

@@ -39,7 +39,7 @@ def test_attention_has_the_gradient_of_its_formula():
 def test_auto_is_flash_attention_on_a_gpu_in_16_bits_alone(monkeypatch):
     assert chosen("auto", "bfloat16", 128) == "xla"  # this is a CPU
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert chosen("auto", "bfloat16", 128) == "cudnn"
+    assert chosen("auto", "bfloat16", 128) == chosen("auto", "float16", 128) == "cudnn"
     for dtype, head_width in (("float32", 128), ("bfloat16", 256), ("bfloat16", 12)):
         assert chosen("auto", dtype, head_width) == "xla"
     assert (chosen("xla", "bfloat16", 128), chosen("cudnn", "bfloat16", 256)) == ("xla", "cudnn")

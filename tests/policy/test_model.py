@@ -94,16 +94,19 @@ def test_sharded_bfloat16_weights_in_float32(sharded_bf16):
     assert np.abs(jgrpo.load_model(str(sharded_bf16))(ids) - expected).max() < 1e-4
 
 
-def test_bfloat16_is_no_further_from_float32_than_transformers_is(sharded_bf16):
+@pytest.mark.parametrize(("dtype", "at_most"), [("bfloat16", 0.1), ("float16", 0.0125)])
+def test_16_bits_are_no_further_from_float32_than_transformers_is(sharded_bf16, dtype, at_most):
+    """float16 has three bits more than bfloat16: errors of an eighth."""
     ids = random_ids(4, 24)
     exact = torch_logits(torch_model(sharded_bf16, torch.float32), ids)
-    model = jgrpo.load_model(str(sharded_bf16), dtype="bfloat16")
-    assert model.model.layers.mlp.up_proj.kernel[...].dtype == jnp.bfloat16
+    model = jgrpo.load_model(str(sharded_bf16), dtype=dtype)
+    assert model.model.layers.mlp.up_proj.kernel[...].dtype == jnp.dtype(dtype)
     ours = np.sqrt(np.mean((model(ids) - exact) ** 2))
-    theirs = np.sqrt(
-        np.mean((torch_logits(torch_model(sharded_bf16, torch.bfloat16), ids) - exact) ** 2)
-    )
+    rounded = torch_logits(torch_model(sharded_bf16, getattr(torch, dtype)), ids)
+    theirs = np.sqrt(np.mean((rounded - exact) ** 2))
+    print(ours, theirs)
     assert ours < 1.5 * theirs
+    assert ours < at_most * exact.std()
 
 
 @pytest.mark.slow

@@ -250,7 +250,7 @@ def test_a_model_that_cannot_be_had_says_what_to_do(monkeypatch):
         model_folder("nobody/nothing")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("kind", ["qwen3-tied", "qwen2", "llama"])
 def test_what_we_write_transformers_reads(checkpoint, tmp_path, kind, dtype):
     # Every tensor of the checkpoint, bit for bit (in bfloat16: rounded once), and no other.
