@@ -19,7 +19,7 @@ if __name__ == "__main__":  # before JAX is imported: help and mistakes are answ
 import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -315,8 +315,7 @@ def train_together(
     with leading(), ExitStack() as stack:
         session = open_session(configs, stack, resumes[0])
         records = [Record(session, e, resume, stack) for e, resume in enumerate(resumes)]
-        learner, first = new_learner(session), common_step(records)
-        session = replace(session, policy=session.policy.alone(session.shared))
+        learner, first = new_learner(session.configs, session.policy), common_step(records)
         for e, record in enumerate(records):
             learner.set_state(e, record.restore(first, learner.state(e)))
         stops, name = session.problems.stop_token_ids, run_id(records[0].run_dir)

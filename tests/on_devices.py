@@ -1,8 +1,9 @@
-"""Trains on the 8 devices of JAX_NUM_CPU_DEVICES, for tests/policy/test_mesh.py:
+"""Trains and samples on the 8 devices of JAX_NUM_CPU_DEVICES, for tests/policy/test_mesh.py:
 python on_devices.py BASE OUT.
 
 The same rollouts for each mesh, and for one device: the adapters go to OUT/MESH.RUN.npz, what
-devices send each other in the compiled programs to OUT/sent.json.
+devices send each other in the compiled programs to OUT/sent.json; what is sampled there to
+OUT/MESH.sampled.json.
 """
 
 import json
@@ -22,6 +23,8 @@ from jgrpo.policy.batch import Rows
 from jgrpo.policy.lora import fresh_adapter, split, stacked_up
 from jgrpo.policy.mesh import make_mesh
 from jgrpo.policy.weights import load_model
+from jgrpo.rollout import embedded
+from jgrpo.rollout.embedded import JaxSampler
 from jgrpo.update.learner import Learner, batches_of
 
 MESHES = {"one": (1, 1), "data=8": (8, 1), "fsdp=8": (8, 8), "data=4 x fsdp=2": (8, 2)}
@@ -89,7 +92,29 @@ def main(base: Path, out: Path) -> None:
                 learner.learn(rows)
             arrays |= adapters_of(learner) | {f"{e} logprobs": learner.logprobs[e] for e in rows}
             np.savez(out / f"{name}.{run}.npz", **arrays)
+        (out / f"{name}.sampled.json").write_text(json.dumps(sampled(base, mesh)))
     (out / "sent.json").write_text(json.dumps(told))
+
+
+def sampled(base: Path, mesh: Mesh) -> dict[str, list]:
+    """What three members sample, 32 rows a device of 8; how many rows were packed into, and what
+    devices sent each other in a stage."""
+    graph, adapter, weights = split(load_model(base, rank=2, alpha=2, target_modules=TARGETS))
+    each = [with_random_b(fresh_adapter(adapter, e), seed=e) for e in range(3)]
+    sampler = JaxSampler(
+        graph, stacked_up(each), weights, scales=[1.0, 2.0, 1.0], mesh=mesh,
+        stop_token_ids=[11, 40, 41, 42, 43], max_tokens=40, max_rows=256 // mesh.size,
+    )  # fmt: skip
+    prompts = [[i, *PROMPTS[i % 3]] for i in range(15)]  # one place fills up
+    packings, packed = [], embedded.packed
+    embedded.packed = lambda *x: (packings.append(x[-1].size), packed(*x))[1]
+    groups = sampler.sample(
+        prompts, seeds=range(15), group_size=16, members=[i % 3 for i in range(15)]
+    )
+    embedded.packed = packed
+    found = [[c.token_ids, c.finish_reason] for group in groups for c in group]
+    logprobs = [c.logprobs for group in groups for c in group]
+    return {"completions": found, "logprobs": logprobs, "packings": packings}
 
 
 def adapters_of(learner: Learner) -> dict[str, np.ndarray]:

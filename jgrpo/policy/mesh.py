@@ -10,6 +10,7 @@ program sees its device's part (`jax.shard_map`), and so does not know how many 
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import jax
@@ -77,10 +78,10 @@ def lies(mesh: Mesh, path: tuple, shape: Sequence[int]) -> NamedSharding:
     return NamedSharding(mesh, KERNEL)
 
 
-def _shardings(mesh: Mesh, tree: Tree, where: Where) -> Tree:
-    """Of arrays, or a prefix of them."""
+def _shardings(mesh: Mesh, tree: Tree, where: Where | Tree) -> Tree:
+    """Of arrays, or a prefix of them; `where` may be a prefix of them too."""
     if where != "base":
-        return NamedSharding(mesh, SPECS[where])
+        return jax.tree.map(lambda w: NamedSharding(mesh, SPECS[w]), where)
     return nnx.from_flat_state(
         (path, leaf.replace(lies(mesh, path, leaf.shape))) for path, leaf in nnx.to_flat_state(tree)
     )
@@ -96,24 +97,13 @@ def here(tree: Tree) -> Tree:
     return jax.tree.map(lambda x: x.addressable_data(0), tree)
 
 
-def of_this_process(mesh: Mesh, base: nnx.State) -> nnx.State:
-    """The base on the devices of this process alone, as they hold it. InputError if they do not
-    hold all of it."""
-    if mesh.local_mesh == mesh:
-        return base
-    if mesh.local_mesh.shape["fsdp"] < mesh.shape["fsdp"]:
-        raise InputError(
-            f"fsdp={mesh.shape['fsdp']}: the devices of a process must hold the whole base between "
-            f"them; give at most {mesh.local_mesh.shape['fsdp']}"
-        )
+def fetched(tree: Tree) -> Tree:
+    """On the host, what the devices of all processes hold; all must ask for it."""
 
-    def mine(path: tuple, leaf: nnx.Variable) -> nnx.Variable:
-        array = leaf.get_raw_value()
-        where = lies(mesh.local_mesh, path, array.shape)
-        parts = [shard.data for shard in array.addressable_shards]
-        return leaf.replace(jax.make_array_from_single_device_arrays(array.shape, where, parts))
+    def whole(x: jax.Array) -> Any:
+        return x if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True)
 
-    return nnx.from_flat_state((path, mine(path, leaf)) for path, leaf in nnx.to_flat_state(base))
+    return jax.device_get(jax.tree.map(whole, tree))
 
 
 def handed_out(mesh: Mesh, stack: Tree) -> Tree:
@@ -129,21 +119,24 @@ def handed_out(mesh: Mesh, stack: Tree) -> Tree:
 def on_each(
     mesh: Mesh,
     function: Callable[..., Any],
-    given: Sequence[Where],
-    gives: Where | tuple[Where, ...],
+    given: Sequence[Where | Tree],
+    gives: Where | Tree,
     donated: Sequence[int] = (),
+    static: Sequence[str] = (),
 ) -> Any:
-    """`function` compiled as one program for all devices; where its arguments and results lie."""
-    out = tuple(SPECS[w] for w in gives) if isinstance(gives, tuple) else SPECS[gives]
+    """`function` compiled as one program for all devices; where its arguments and results lie, each
+    or each part of them. It may be given `static` values by name."""
+    out = jax.tree.map(SPECS.__getitem__, gives)
 
-    def program(*arrays):
+    def program(*arrays, **values):
         there = [_shardings(mesh, x, where) for x, where in zip(arrays, given, strict=True)]
         specs = tuple(jax.tree.map(lambda sharding: sharding.spec, there))
         # Unchecked: JAX would add up every micro-batch's gradient over the devices.
-        run = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)
+        of_one = partial(function, **values)
+        run = jax.shard_map(of_one, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)
         return run(*arrays)
 
-    return jax.jit(program, donate_argnums=tuple(donated))
+    return jax.jit(program, donate_argnums=tuple(donated), static_argnames=tuple(static))
 
 
 def added_up(mesh: Mesh, sums: Tree, largest: Tree) -> tuple[Tree, Tree]:
@@ -152,9 +145,17 @@ def added_up(mesh: Mesh, sums: Tree, largest: Tree) -> tuple[Tree, Tree]:
     mine = jax.lax.axis_index(AXES)
     places = jax.tree.map(lambda x: jnp.zeros((mesh.size, *x.shape)).at[mine].set(x), largest)
     flat, whole = ravel_pytree((sums, places))
-    several = [axis for axis in AXES if mesh.shape[axis] > 1]
-    sums, places = whole(jax.lax.psum(flat, several))
+    sums, places = whole(jax.lax.psum(flat, _several(mesh)))
     return sums, jax.tree.map(lambda x: x.max(axis=0), places)
+
+
+def largest(mesh: Mesh, x: jax.Array) -> jax.Array:
+    """In a program: the largest of what each device has."""
+    return jax.lax.pmax(x, _several(mesh))
+
+
+def _several(mesh: Mesh) -> tuple[str, ...]:
+    return tuple(axis for axis in AXES if mesh.shape[axis] > 1)
 
 
 def dealt(items: Sequence[T], empty: Callable[[T], T], n_devices: int, at_once: int):
@@ -179,8 +180,6 @@ def collected(stacks: Sequence[tuple[jax.Array, int]], n_devices: int, n_items: 
     """What came of `dealt` items, in their order."""
     found: list[Any] = []
     for stack, n in stacks:
-        if not stack.is_fully_addressable:
-            stack = multihost_utils.process_allgather(stack, tiled=True)
-        hands = np.asarray(stack).reshape(n_devices, -1, *stack.shape[1:])
+        hands = fetched(stack).reshape(n_devices, -1, *stack.shape[1:])
         found += [hand[i] for i in range(n) for hand in hands]
     return found[:n_items]

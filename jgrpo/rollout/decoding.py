@@ -3,15 +3,15 @@ as far as their cache has room, and are packed into a smaller batch or given mor
 
 Axes beside the usual: P prompts, G completions of each, S prompt tokens, U generated tokens. Once
 packed, P are groups of one prompt each, which may have several. What comes to be one value a prompt
-[P] or a row [P, G] is packed alike.
+[P] or a row [P, G] is packed alike. Each device of a mesh has rows of its own, as many as any
+other, and all sample the same number of tokens: what is written here is what one does.
 """
 
-from functools import partial
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.tree_util import Partial
 
@@ -52,8 +52,7 @@ class Decoding(NamedTuple):
     values: jax.Array
 
 
-@partial(jax.jit, static_argnames="group_size")
-def row_keys(seeds: jax.Array, group_size: int) -> jax.Array:
+def row_keys(seeds: jax.Array, *, group_size: int) -> jax.Array:
     """One key a row [P, G], from its prompt's seed and its place in the group alone."""
     fold = jax.vmap(jax.random.fold_in, (None, 0))
     return jax.vmap(lambda seed: fold(jax.random.key(seed), jnp.arange(group_size)))(seeds)
@@ -90,10 +89,9 @@ def merged(graph, scales, adapter, base, members) -> tuple[Decoder, jax.Array | 
     return nnx.merge(graph, adapter, base), own_columns(members[:, None], adapter, len(scales))
 
 
-def prefill(model_of, adapter, base, ids, lengths, members=None) -> tuple[jax.Array, Prefix]:
+def prefill(model_of, adapter, base, ids, lengths, members) -> tuple[jax.Array, Prefix]:
     """Prompts [P, S] -> logits after the last token of each [P, V], and their prefix."""
     traced("prefill", "prompts {} x {}".format(*ids.shape))
-    members = jnp.zeros(len(ids), jnp.uint32) if members is None else members
     model, own = model_of(adapter, base, members)
     positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
     mask = causal_mask((positions < lengths[:, None]).astype(jnp.int32))
@@ -103,7 +101,7 @@ def prefill(model_of, adapter, base, ids, lengths, members=None) -> tuple[jax.Ar
     return model.logits(last), Prefix(keys, values, lengths, members)
 
 
-def first_tokens(stops, logits, prefix, keys, real, temperature, top_p=None, *, group_size, greedy):
+def first_tokens(stops, logits, prefix, keys, real, temperature, top_p, *, group_size, greedy):
     """The state after the first token of every row; rows that only fill up are done already."""
     layers, p, _, kv_heads, c = prefix.keys.shape
     traced("first tokens", f"rows {p} x {group_size}")
@@ -122,15 +120,16 @@ def first_tokens(stops, logits, prefix, keys, real, temperature, top_p=None, *, 
 
 
 def decode(
-    model_of, stops, adapter, base, prefix, keys, temperature, top_p=None, smaller=0, width=1, *,
-    state, capacity, greedy,
+    model_of, stops, largest, adapter, base, prefix, keys, temperature, top_p, smaller, width,
+    state, *, capacity, greedy,
 ):  # fmt: skip
-    """Decode until `capacity` tokens, which the state has room for, or until `smaller` groups of
-    `width` have room for all rows that go on."""
+    """Decode until `capacity` tokens, which the state has room for, or until on each device
+    `smaller` groups of `width` have room for all rows that go on (`largest`: of all devices)."""
     traced("decode", "rows {} x {}, up to {capacity}".format(*keys.shape, capacity=capacity))
     model, own = model_of(adapter, base, prefix.members)
 
-    def step(s: Decoding) -> Decoding:
+    def step(carry):
+        s, _ = carry
         previous = jax.lax.dynamic_index_in_dim(s.tokens, s.t - 1, axis=2, keepdims=False)
         positions = jnp.broadcast_to(prefix.lengths[:, None] + s.t - 1, previous.shape)
         attend = Partial(_attend_cached, prefix.lengths, s.t - 1)
@@ -138,7 +137,7 @@ def decode(
         hidden, (k, v) = model.model(previous, positions, attend, cache, own=own)
         token, logprob = _pick(model.logits(hidden), keys, s.t, temperature, top_p, greedy)
         put = jax.lax.dynamic_update_index_in_dim
-        return Decoding(
+        s = Decoding(
             t=s.t + 1,
             tokens=put(s.tokens, token.astype(jnp.int32), s.t, 2),
             logprobs=put(s.logprobs, logprob, s.t, 2),
@@ -147,13 +146,13 @@ def decode(
             keys=put(s.keys, k, s.t - 1, 4),
             values=put(s.values, v, s.t - 1, 4),
         )
+        return s, needed(s.done)
 
-    needed = lambda done: -(-(~done).sum(axis=1) // width).sum()  # noqa: E731
-    goes_on = lambda s: (s.t < capacity) & (needed(s.done) > smaller)  # noqa: E731
-    return jax.lax.while_loop(goes_on, step, state)
+    needed = lambda done: largest(-(-(~done).sum(axis=1) // width).sum())  # noqa: E731
+    goes_on = lambda carry: (carry[0].t < capacity) & (carry[1] > smaller)  # noqa: E731
+    return jax.lax.while_loop(goes_on, step, (state, needed(state.done)))[0]
 
 
-@partial(jax.jit, static_argnames="capacity")
 def grown(state: Decoding, *, capacity: int) -> Decoding:
     """With room for `capacity` tokens a row."""
     grow = lambda x, axis: jnp.pad(  # noqa: E731
@@ -167,21 +166,20 @@ def grown(state: Decoding, *, capacity: int) -> Decoding:
     )
 
 
-def packed(prefix: Prefix, keys: jax.Array, state: Decoding, places: np.ndarray):
-    """Rows by their places among the P G, as groups of one prompt each [P', G'], -1 where one only
-    fills up, and is done -> prefix, keys and state.
+def packed(take: Callable, prefix: Prefix, keys: jax.Array, state: Decoding, places, done):
+    """Rows by their places among a device's P G, as groups of one prompt each [P', G'], -1 where
+    one only fills up, and is `done` -> prefix, keys and state. `take` is `taken`, compiled.
 
     The arrays given are deleted, each as soon as it is packed: not all are there twice at a time.
     """
-    g = np.uint32(keys.shape[1])
-    first = np.maximum(places[:, :1], 0)
-    rows = np.where(places < 0, first, places).astype(np.uint32)
 
-    def of_rows(x, axis=0):
-        return _taken(x, rows // g, rows % g, axis=axis)
+    def of_rows(x, axis=0, whole_groups=False):
+        new = take(x, places, axis=axis, group_size=keys.shape[1], whole_groups=whole_groups)
+        x.delete()
+        return new
 
     def of_prompts(x, axis=0):
-        return _taken(x, rows[:, 0] // g, axis=axis)
+        return of_rows(x, axis, whole_groups=True)
 
     prefix = Prefix(
         of_prompts(prefix.keys, 1),
@@ -193,23 +191,19 @@ def packed(prefix: Prefix, keys: jax.Array, state: Decoding, places: np.ndarray)
         tokens=of_rows(state.tokens),
         logprobs=of_rows(state.logprobs),
         lengths=of_rows(state.lengths),
-        done=jnp.asarray(places < 0),
+        done=done,
         keys=of_rows(state.keys, 1),
         values=of_rows(state.values, 1),
     )
     return prefix, of_rows(keys), state
 
 
-def _taken(x: jax.Array, *index: np.ndarray, axis: int) -> jax.Array:
-    """x [.., P, ..] by prompt [P'], or x [.., P, G, ..] by prompt and place in the group [P', G'];
-    x itself is deleted."""
-    taken = _take(x, index, axis)
-    x.delete()
-    return taken
-
-
-@partial(jax.jit, static_argnums=2)
-def _take(x: jax.Array, index: tuple[jax.Array, ...], axis: int) -> jax.Array:
+def taken(x, places, *, axis: int, group_size: int, whole_groups: bool) -> jax.Array:
+    """x [.., P, G, ..] by row [P', G'], or x [.., P, ..] by prompt [P'], as `packed` has them."""
+    first = jnp.maximum(places[:, :1], 0)
+    rows = jnp.where(places < 0, first, places).astype(jnp.uint32)
+    prompts, in_group = rows // group_size, rows % group_size
+    index = (prompts[:, 0],) if whole_groups else (prompts, in_group)
     return x[(slice(None),) * axis + index]
 
 

@@ -4,6 +4,10 @@ A prompt is prefilled once and its keys and values are shared by the G completio
 jitted loop decodes all rows in step (`decoding`). The loop runs in stages of growing cache (16, 32,
 64, ... tokens), so that attention never looks at more than twice what is there; and where half of
 its rows have ended it stops, and those that go on are packed into half the batch, or less.
+
+Prompts are dealt out to the devices in turn, and each decodes its own, in step with the others: the
+rows of the one that has the most left say when all pack. Nothing but that number is exchanged, and
+where the base is cut a layer's kernels at each token.
 """
 
 import copy
@@ -12,14 +16,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from jgrpo.errors import RunError
 from jgrpo.policy import adapter as adapters
 from jgrpo.policy.batch import bucket
+from jgrpo.policy.mesh import (
+    fetched,
+    gathered_when_read,
+    handed_out,
+    largest,
+    make_mesh,
+    on_each,
+    placed,
+)
 from jgrpo.policy.model import ModelConfig
 from jgrpo.rollout.decoding import (
     Decoding,
@@ -30,10 +43,13 @@ from jgrpo.rollout.decoding import (
     packed,
     prefill,
     row_keys,
+    taken,
 )
 from jgrpo.rollout.protocol import Completion, Progress
 
 FIRST_STAGE = 16
+STATE = Decoding(t="all", **dict.fromkeys(Decoding._fields[1:], "each"))  # type: ignore
+"""Where it lies."""
 HALVINGS, FEWEST_ROWS = 3, 16
 """How often a batch is halved at most, and down to how many rows: each size, at each stage that it
 comes to, is a program."""
@@ -64,8 +80,9 @@ def rows_that_fit(
 
 
 class JaxSampler:
-    """Fills `rollout.Sampler`. `max_rows` completions at most are decoded at once, or one group.
-    `adapter` is one, or those of several members, [E, ...] (`scales` as in `lora.side_by_side`)."""
+    """Fills `rollout.Sampler`. `max_rows` completions at most are decoded at once by each device of
+    `mesh` (else all), or one group. `adapter` is one, or those of several members, [E, ...]
+    (`scales` as in `lora.side_by_side`)."""
 
     def __init__(
         self,
@@ -77,20 +94,35 @@ class JaxSampler:
         max_tokens: int,
         max_rows: int,
         scales: Sequence[float] = (1.0,),
+        mesh: Mesh | None = None,
     ):
-        self.adapter, self.base = adapter, base
+        self.mesh = mesh = make_mesh() if mesh is None else mesh
+        self.adapter, self.base = adapter, placed(mesh, base, "base")
         self.max_tokens, self.max_rows = max_tokens, max_rows
         self.is_closed = False
-        model_of = partial(merged, graph, tuple(scales))
-        self._prefill = jax.jit(partial(prefill, model_of))
-        self._decode = jax.jit(
-            partial(decode, model_of, tuple(stop_token_ids)),
-            static_argnames=("capacity", "greedy"),
-            donate_argnames="state",
+        stops = tuple(stop_token_ids)
+
+        def model_of(adapter, base, members):
+            whole = gathered_when_read(mesh, base)
+            return merged(graph, tuple(scales), adapter, whole, members)
+
+        def on(function, given: str, gives: Any, static: str, **options) -> Any:
+            return on_each(mesh, function, of(given), gives, static=static.split(), **options)
+
+        def of(where: str) -> list[Any]:
+            return [STATE if w == "state" else w for w in where.split()]
+
+        self._keys = on(row_keys, "each", "each", "group_size")
+        self._prefill = on(partial(prefill, model_of), "all base each each each", "each", "")
+        self._first = on(
+            partial(first_tokens, stops), "each each each each all all", STATE, "group_size greedy"
         )
-        self._first = jax.jit(
-            partial(first_tokens, tuple(stop_token_ids)), static_argnames=("group_size", "greedy")
-        )
+        self._decode = on(
+            partial(decode, model_of, stops, partial(largest, mesh)),
+            "all base each each all all all all state", STATE, "capacity greedy", donated=[8],
+        )  # fmt: skip
+        self._grown = on(grown, "state", STATE, "capacity")
+        self._take = on(taken, "each each", "each", "axis group_size whole_groups")
 
     def load(self, *folders: Path) -> None:
         """Sample from the adapters in these PEFT folders from now on."""
@@ -117,13 +149,13 @@ class JaxSampler:
         progress: Progress | None = None,
     ) -> list[list[Completion]]:
         """As `rollout.Sampler.sample`; the logprobs equal the trainer's (1e-4 in float32)."""
-        size = max(1, self.max_rows // group_size)
-        while size >= 4 * len(prompts):  # few sizes: each is a compilation
-            size //= 4
+        size, n_devices = max(1, self.max_rows // group_size), self.mesh.size
+        while size * n_devices >= 4 * max(len(prompts), n_devices):
+            size //= 4  # few sizes: each is a compilation
         members = members or [0] * len(prompts)
         completions: list[list[Completion]] = []
-        for start in range(0, len(prompts), size):
-            chunk = slice(start, start + size)
+        for start in range(0, len(prompts), size * n_devices):
+            chunk = slice(start, start + size * n_devices)
             completions += self._sample_chunk(
                 prompts[chunk], seeds[chunk], members[chunk], size, group_size, temperature, top_p,
                 max_tokens or self.max_tokens, progress,
@@ -134,98 +166,110 @@ class JaxSampler:
         self, prompts, seeds, members, size, group_size, temperature, top_p, max_tokens, progress
     ):
         n, width = len(prompts), bucket(max(map(len, prompts)))
-        ids, lengths = np.zeros((size, width), np.int32), np.ones(size, np.int32)
+        order = np.arange(self.mesh.size * size).reshape(size, -1).T  # of each device its prompts
+        ids, lengths = np.zeros((order.size, width), np.int32), np.ones(order.size, np.int32)
         for row, prompt in enumerate(prompts):
             ids[row, : len(prompt)], lengths[row] = prompt, len(prompt)
-        keys = row_keys(np.resize(np.asarray(seeds, np.uint32), size), group_size)
-        whose = np.resize(np.asarray(members, np.uint32), size)
+        whose, seeds = (np.resize(np.asarray(x, np.uint32), order.size) for x in (members, seeds))
+        of_prompts = ids, lengths, whose, seeds, np.arange(order.size) < n
+        *asked, seeds, real = handed_out(self.mesh, [x[order.ravel()] for x in of_prompts])
         greedy, temperature = temperature == 0, temperature or 1.0
         top_p = top_p if top_p < 1 else None  # without it, nothing is sorted
-        logits, prefix = self._prefill(self.adapter, self.base, ids, lengths, whose)
+        policy = placed(self.mesh, self.adapter, "all"), self.base
+        keys = self._keys(seeds, group_size=group_size)
+        logits, prefix = self._prefill(*policy, *asked)
         state = self._first(
-            logits, prefix, keys, np.arange(size) < n, temperature, top_p,
-            group_size=group_size, greedy=greedy,
-        )  # fmt: skip
+            logits, prefix, keys, real, temperature, top_p, group_size=group_size, greedy=greedy
+        )
         # Packed groups are smaller, for which the rows that left must have made room.
         pair, n_rows = min(group_size, PACKED_GROUP), size * group_size
         may_pack = group_size == 1 or width <= max_tokens
         halves = [n_rows >> i for i in range(1, HALVINGS + 1) if may_pack]
         sizes = [m // pair for m in halves if m >= FEWEST_ROWS]  # in groups
-        book = _Book(n, size, group_size, progress)
+        book = _Book(n, order, group_size, progress)
         capacity = min(FIRST_STAGE, max_tokens)
-        state = grown(state, capacity=capacity)
+        state = self._grown(state, capacity=capacity)
         while True:
             if self.is_closed:
                 raise RunError("the sampler was closed before all was sampled")
-            smaller = max((m for m in sizes if m * pair < keys.size), default=0)
+            smaller = max((m for m in sizes if m * pair < book.rows.shape[1]), default=0)
             state = self._decode(
-                self.adapter, self.base, prefix, keys, temperature, top_p, smaller, pair,
-                state=state, capacity=capacity, greedy=greedy,
+                *policy, prefix, keys, temperature, top_p, smaller, pair, state,
+                capacity=capacity, greedy=greedy,
             )  # fmt: skip
             groups, t = book.enter(state, pair), int(state.t)
-            if not groups or t == max_tokens:
+            if not (most := max(map(len, groups))) or t == max_tokens:
                 return book.close(state)
-            if len(groups) <= smaller:
-                n_groups = min(m for m in sizes if m >= len(groups))
-                places = book.pack(groups, n_groups, pair, state)
-                prefix, keys, state = packed(prefix, keys, state, places)
+            if most <= smaller:
+                places = book.pack(groups, min(m for m in sizes if m >= most), pair, state)
+                handed = handed_out(self.mesh, (places, places < 0))
+                prefix, keys, state = packed(self._take, prefix, keys, state, *handed)
             if t == capacity:
                 capacity = min(2 * capacity, max_tokens)
-                state = grown(state, capacity=capacity)
+                state = self._grown(state, capacity=capacity)
 
 
 class _Book:
     """What has become of the rows, which are numbered as at the start; the batch has fewer and
-    fewer of them. Those of the first n prompts are asked for, the others fill up the batch."""
+    fewer of them. Those of the first n prompts are asked for, the others fill up the batch.
+    `order` [D, P]: which prompts each device has."""
 
-    def __init__(self, n: int, size: int, group_size: int, progress: Progress | None):
-        self.rows = np.arange(size * group_size)  # by place in the batch; -1: none
+    def __init__(self, n: int, order: np.ndarray, group_size: int, progress: Progress | None):
+        rows = order[..., None] * group_size + np.arange(group_size)
+        self.rows = rows.reshape(len(order), -1)  # by place on each device; -1: none
         self.group_size = group_size
         self.completions: list[Any] = [None] * (n * group_size)
-        self.lengths, self.done = np.ones(len(self.rows), int), np.zeros(len(self.rows), bool)
+        self.lengths, self.done = np.ones(rows.size, int), np.zeros(rows.size, bool)
         self.progress, self.told = progress, (0, 0)
 
-    def enter(self, state: Decoding, width: int) -> list[list[int]]:
-        """Look at the state, tell of what is new -> the places in the batch of rows that go on, in
-        groups of one prompt, `width` at most."""
-        lengths, done = (x.reshape(-1) for x in jax.device_get((state.lengths, state.done)))
+    def enter(self, state: Decoding, width: int) -> list[list[list[int]]]:
+        """Look at the state, tell of what is new -> of each device the places of rows that go on,
+        in groups of one prompt, `width` at most."""
+        found = fetched((state.lengths, state.done))
+        lengths, done = (x.reshape(self.rows.shape) for x in found)
         there = self.rows >= 0
         self.lengths[self.rows[there]], self.done[self.rows[there]] = lengths[there], done[there]
         real = slice(len(self.completions))
         self._tell(int(self.done[real].sum()), int(self.lengths[real].sum()))
+        return [self._grouped(*device, width) for device in zip(self.rows, done, strict=True)]
+
+    def _grouped(self, rows: np.ndarray, done: np.ndarray, width: int) -> list[list[int]]:
         of_prompt: dict[int, list[int]] = {}
         for place in np.flatnonzero(~done).tolist():
-            of_prompt.setdefault(self.rows[place] // self.group_size, []).append(place)
+            of_prompt.setdefault(rows[place] // self.group_size, []).append(place)
         return [g[i : i + width] for g in of_prompt.values() for i in range(0, len(g), width)]
 
-    def pack(self, groups: list[list[int]], n: int, width: int, state: Decoding) -> np.ndarray:
-        """The groups' places [n, width], -1 where there is none; completions of rows that leave are
-        taken out of the state."""
-        places = np.full((n, width), -1)
-        for row, group in zip(places, groups, strict=False):
-            row[: len(group)] = group
-        self._take_out(state, stays=places)
-        self.rows = np.where(places < 0, -1, self.rows[places]).reshape(-1)
-        return places
+    def pack(self, groups: list[list[list[int]]], n: int, width: int, state: Decoding):
+        """The groups' places [D n, width], -1 where there is none; completions of rows that leave
+        are taken out of the state."""
+        places = np.full((len(groups), n, width), -1)
+        for of_device, found in zip(places, groups, strict=True):
+            for row, group in zip(of_device, found, strict=False):
+                row[: len(group)] = group
+        by_device = places.reshape(len(groups), -1)
+        self._take_out(state, stays=by_device)
+        now = np.take_along_axis(self.rows, np.maximum(by_device, 0), axis=1)
+        self.rows = np.where(by_device < 0, -1, now)
+        return places.reshape(-1, width)
 
     def close(self, state: Decoding) -> list[list[Completion]]:
         """All completions [P][G]."""
-        self._take_out(state, stays=np.array([], int))
+        self._take_out(state, stays=np.full((len(self.rows), 1), -1))
         self._tell(len(self.completions), self.told[1])
         starts, g = range(0, len(self.completions), self.group_size), self.group_size
         return [self.completions[start : start + g] for start in starts]
 
     def _take_out(self, state: Decoding, stays: np.ndarray) -> None:
-        tokens, logprobs = (
-            x.reshape(-1, x.shape[-1]) for x in jax.device_get((state.tokens, state.logprobs))
-        )
+        found = fetched((state.tokens, state.logprobs))
+        tokens, logprobs = (x.reshape(*self.rows.shape, -1) for x in found)
         leaves = (self.rows >= 0) & (self.rows < len(self.completions))
-        leaves[stays[stays >= 0]] = False
-        for place in np.flatnonzero(leaves).tolist():
+        for of_device, places in zip(leaves, stays, strict=True):
+            of_device[places[places >= 0]] = False
+        for place in zip(*np.nonzero(leaves), strict=True):
             row, n = self.rows[place], self.lengths[self.rows[place]]
             self.completions[row] = Completion(
-                tokens[place, :n].tolist(),
-                logprobs[place, :n].tolist(),
+                tokens[place][:n].tolist(),
+                logprobs[place][:n].tolist(),
                 "stop" if self.done[row] else "length",
             )
 

@@ -102,9 +102,10 @@ def training_memory(
 
 def of_sampling(configs: Sequence[Config], policy: Policy, free: int | None) -> str:
     """How the embedded sampler will use `free` bytes, into which the weights are still to go."""
-    left = None if free is None else free - _size_on_each(policy.base, make_mesh(configs[0].fsdp))
-    n, m = sampled_at_once(configs[0], policy, left), configs[0].n_completions_per_step
-    return f"the embedded sampler decodes {n} of {m * len(configs)} completions at once"
+    mesh, m = make_mesh(configs[0].fsdp), configs[0].n_completions_per_step * len(configs)
+    left = None if free is None else free - _size_on_each(policy.base, mesh)
+    n = min(m, mesh.size * sampled_at_once(configs[0], policy, left))
+    return f"the embedded sampler decodes {n} of {m} completions at once"
 
 
 def is_small(policy: Policy) -> bool:

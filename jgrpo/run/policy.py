@@ -7,13 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jgrpo.config import PROJECTIONS, Config
 from jgrpo.errors import InputError, printable
 from jgrpo.policy import adapter as adapters
-from jgrpo.policy.lora import fresh_adapter, split, stacked_up, with_rank
-from jgrpo.policy.mesh import lies, make_mesh, of_this_process
+from jgrpo.policy.batch import MicroBatch
+from jgrpo.policy.logprobs import token_logprobs
+from jgrpo.policy.lora import fresh_adapter, side_by_side, split, stacked_up, with_rank
+from jgrpo.policy.mesh import fetched, lies, make_mesh
+from jgrpo.policy.tracing import traced
 from jgrpo.policy.weights import abstract_model, load_model, model_folder
 from jgrpo.run.rundir import last_adapter, run_of_adapter
 
@@ -32,9 +37,35 @@ class Policy:
     base: nnx.State
     scales: tuple[float, ...] = (1.0,)
 
-    def alone(self, config: Config) -> "Policy":
-        """With what this process holds of it."""
-        return replace(self, base=of_this_process(make_mesh(config.fsdp), self.base))
+    @property
+    def parts(self) -> tuple[nnx.GraphDef, nnx.State, nnx.State, tuple[float, ...]]:
+        return self.graph, self.adapter, self.base, self.scales
+
+    def logprobs(
+        self,
+        e: int,
+        adapter: nnx.State,
+        batch: MicroBatch,
+        temperature: float,
+        in_float32: bool = False,
+    ) -> np.ndarray:
+        """A micro-batch's, float32 [N, U], by another adapter of member e's shape; `in_float32` its
+        products are, from the embedding on, whatever the base is in."""
+        given = adapter, self.base, batch, self.scales[e], temperature
+        return fetched(_logprobs(self.graph, in_float32, *given))
+
+
+@jax.jit(static_argnums=(0, 1))
+def _logprobs(graph, in_float32: bool, adapter, base, batch: MicroBatch, scale, temperature):
+    traced("logprobs of a policy", f"{batch.rows.shape[0]} rows of {batch.rows.shape[1]}")
+
+    def one(path, leaf):
+        return leaf.replace(leaf[...].astype(jnp.float32)) if path[-1] == "embedding" else leaf
+
+    if in_float32:
+        base = nnx.from_flat_state((path, one(path, x)) for path, x in nnx.to_flat_state(base))
+    model = nnx.merge(graph, side_by_side(stacked_up([adapter]), [scale]), base)
+    return token_logprobs(model, batch, temperature=temperature)[0]
 
 
 def open_policy(config: Config, *, abstract: bool = False) -> Policy:

@@ -19,16 +19,7 @@ from jgrpo.errors import RunError
 from jgrpo.policy import adapter as adapters
 from jgrpo.policy.adapter import AdapterConfig
 from jgrpo.policy.batch import Rows, micro_batches
-from jgrpo.policy.logprobs import token_logprobs
-from jgrpo.policy.lora import (
-    fresh_adapter,
-    nth,
-    side_by_side,
-    stacked_up,
-    switched_off,
-    with_rank,
-)
-from jgrpo.policy.tracing import traced
+from jgrpo.policy.lora import fresh_adapter, nth, switched_off, with_rank
 from jgrpo.rollout.protocol import Completion, Sampler, prompt_seeds
 from jgrpo.run.policy import Policy
 from jgrpo.run.session import Problems
@@ -237,17 +228,8 @@ def _logprobs(policy, e, adapter, prompts, completions, temperature) -> np.ndarr
     rows = Rows(prompts, completions, blank, np.zeros(len(prompts), np.float32))
     # One limit for all, so that most have the same shape: each is a compilation.
     limits = {"max_prompt_tokens": max(map(len, prompts)), "max_tokens": max(map(len, completions))}
-    adapter = side_by_side(stacked_up([adapter]), policy.scales[e : e + 1])
     values = []
     for i in range(len(prompts)):
         (batch,) = micro_batches(rows, np.array([i]), micro_batch_size=1, **limits)
-        logprobs = _jitted_logprobs(policy.graph, adapter, policy.base, batch, temperature)
-        values.append(np.asarray(logprobs)[batch.mask > 0])
+        values.append(policy.logprobs(e, adapter, batch, temperature)[batch.mask > 0])
     return np.concatenate(values)
-
-
-@jax.jit(static_argnums=0)
-def _jitted_logprobs(graph, adapter, base, batch, temperature):
-    traced("probe", f"{batch.prompts.shape[1]} + {batch.rows.shape[1]}, {batch.places.size} tokens")
-    model = nnx.merge(graph, adapter, base)
-    return token_logprobs(model, batch, temperature=temperature)[0]

@@ -10,18 +10,21 @@ from flax import nnx
 from jgrpo.config import Config
 from jgrpo.policy.adapter import load
 from jgrpo.policy.lora import rank_of
+from jgrpo.policy.mesh import make_mesh
 from jgrpo.policy.weights import model_config, model_folder
-from jgrpo.rollout.embedded import JaxSampler, rows_that_fit
+from jgrpo.rollout.embedded import rows_that_fit
 from jgrpo.rollout.protocol import Sampler
 from jgrpo.rollout.vllm import VllmSampler
 from jgrpo.run.device import free_memory
 from jgrpo.run.policy import Policy, open_policy, shaped
+from jgrpo.run.together import new_sampler
 
 
 def sampled_at_once(config: Config, policy: Policy, free: int | None) -> int:
-    """How many completions the embedded sampler decodes at once, of `free` bytes: those of a step
-    of all members, or as many as fit."""
-    c, n_rows = config, len(policy.scales) * config.n_completions_per_step
+    """How many completions the embedded sampler decodes at once on each device, of `free` bytes:
+    its share of those of a step of all members, or as many as fit."""
+    c, n_groups = config, len(policy.scales) * config.n_prompts_per_step
+    n_rows = -(-n_groups // make_mesh(c.fsdp).size) * c.group_size
     if free is None:
         return n_rows
     return rows_that_fit(
@@ -37,15 +40,7 @@ def open_sampler(
     """The sampler that the config asks for, of one adapter or of those of several members;
     RunError if the server cannot be used. `alone`: what other runs have left on the server goes."""
     if config.rollout == "jax":
-        return JaxSampler(
-            policy.graph,
-            policy.adapter,
-            policy.base,
-            scales=policy.scales,
-            stop_token_ids=stops,
-            max_tokens=config.max_tokens,
-            max_rows=sampled_at_once(config, policy, free_memory()),
-        )
+        return new_sampler(config, policy, stops, sampled_at_once(config, policy, free_memory()))
     flags = {"model_id": config.model_id, "lora_r": rank_of(policy.adapter), "dtype": config.dtype,
              "max_prompt_tokens": config.max_prompt_tokens, "max_tokens": config.max_tokens,
              "vllm_url": config.vllm_urls[0], "max_loras": len(policy.scales)}  # fmt: skip

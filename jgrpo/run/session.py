@@ -37,10 +37,10 @@ from jgrpo.prompts.tokenizer import (
 )
 from jgrpo.rollout.protocol import Completion
 from jgrpo.run.difficulty import of_this_difficulty
-from jgrpo.run.hosts import told
-from jgrpo.run.policy import Policy, open_policies
+from jgrpo.run.policy import Policy
 from jgrpo.run.rundir import date_of
 from jgrpo.run.scoring import Scorers, open_scorers
+from jgrpo.run.together import open_shared
 from jgrpo.run.trackers import check_installed
 
 log = logging.getLogger(__name__)
@@ -109,7 +109,7 @@ def open_session(
     that are resumed ask what they asked, with the date of their start where a template writes one.
     """
     check_together(configs)
-    make_mesh(configs[0].fsdp)  # or says why not
+    refuse_two_at_a_time(configs[0], make_mesh(configs[0].fsdp).size)
     for config in configs:
         check_installed(config.report_to)
     shared = configs[0]
@@ -118,9 +118,17 @@ def open_session(
     )
     grader = open_grader(shared, stack)
     scorers = tuple(open_scorers(config, columns_of(problems.train)) for config in configs)
-    with told("open"):
-        policy = open_policies(configs)
-    return Session(tuple(configs), problems, policy, grader, scorers)
+    return Session(tuple(configs), problems, open_shared(configs), grader, scorers)
+
+
+def refuse_two_at_a_time(config: Config, n_devices: int) -> None:
+    """InputError where sampling and training would both exchange between devices at a time."""
+    if config.rollouts_ahead and config.rollout == "jax" and n_devices > 1:
+        raise InputError(
+            f"rollouts_ahead={config.rollouts_ahead} with rollout=jax on {n_devices} devices: "
+            "sampling and training would exchange between them at the same time, and could wait "
+            "for each other for ever; take --rollout vllm, or rollouts_ahead=0"
+        )
 
 
 def configure_jax() -> None:

@@ -14,17 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from scipy import special
 
 from jgrpo.config import Config
 from jgrpo.policy import adapter as adapters
-from jgrpo.policy.batch import MicroBatch, Rows
-from jgrpo.policy.logprobs import token_logprobs
-from jgrpo.policy.lora import nth, side_by_side, stacked_up, with_rank
-from jgrpo.policy.tracing import traced
+from jgrpo.policy.batch import Rows
+from jgrpo.policy.lora import nth, with_rank
 from jgrpo.run.policy import Policy
 from jgrpo.update.learner import Logprobs, batches_of
 
@@ -160,24 +157,8 @@ def _logprobs(
 ) -> list[np.ndarray]:
     (dtype,) = {leaf.dtype for leaf in jax.tree.leaves(policy.base)}
     adapter = jax.tree.map(lambda x: x.astype(dtype).astype(x.dtype), adapter)
-    adapter = side_by_side(stacked_up([adapter]), policy.scales[e : e + 1])
     batches, known = batches_of(config, rows, index), Logprobs(rows)
-    values = (
-        _in_float32(policy.graph, adapter, policy.base, batch, config.temperature)
-        for batch in batches
-    )
-    known.add(batches, [np.asarray(x) for x in values])
+    known.add(batches, [
+        policy.logprobs(e, adapter, batch, config.temperature, True) for batch in batches
+    ])  # fmt: skip
     return [known.values[i, : len(rows.completions[i])].astype(np.float64) for i in index]
-
-
-@jax.jit(static_argnums=0)
-def _in_float32(graph, adapter, base, batch: MicroBatch, temperature):
-    """The policy's logprobs [N, U], its products in float32 from the embedding on, whatever the
-    base is in."""
-    traced("stale", f"{batch.rows.shape[0]} rows of {batch.rows.shape[1]}")
-
-    def one(path, leaf):
-        return leaf.replace(leaf[...].astype(jnp.float32)) if path[-1] == "embedding" else leaf
-
-    base = nnx.from_flat_state((path, one(path, leaf)) for path, leaf in nnx.to_flat_state(base))
-    return token_logprobs(nnx.merge(graph, adapter, base), batch, temperature=temperature)[0]

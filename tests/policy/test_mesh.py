@@ -92,6 +92,22 @@ def compare(trained: Path, mesh: str, run: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["data=8", "fsdp=8", "data=4 x fsdp=2"])
+def test_many_devices_sample_what_one_samples(trained, mesh):
+    """Of three members, 240 completions to the token, also where rows that have ended left: one
+    device has 256 rows, each of eight 32, of which half go on in the end."""
+    one, many = (
+        json.loads((trained / f"{name}.sampled.json").read_text()) for name in ("one", mesh)
+    )
+    assert many["completions"] == one["completions"]
+    assert len({reason for _, reason in one["completions"]}) == 2
+    for a, b in zip(many["logprobs"], one["logprobs"], strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+    assert one["packings"][0] == 128
+    assert many["packings"] == [128]  # 16 rows each, the fewest
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mesh", "n_devices", "cut"),
     [("one", 1, False), ("data=8", 8, False), ("fsdp=8", 8, True), ("data=4 x fsdp=2", 8, True)],

@@ -16,7 +16,7 @@ from jgrpo.errors import InputError
 from jgrpo.policy.batch import Rows
 from jgrpo.run.hosts import join
 from jgrpo.run.rundir import read_metrics
-from jgrpo.run.together import as_arrays, as_rows, leaves, of_leaves
+from jgrpo.run.together import as_arrays, as_rows, leaves, of_leaves, part, under
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -26,7 +26,7 @@ def test_a_rollout_is_told_as_it_is():
         [[1, 2], [1, 2], [3]], [[5], [], [7, 8]], [[-0.1], [], [-1 / 3, -2.0]],
         np.array([0.5, -0.5, 1 / 3], np.float32), np.array([True, False, True]),
     )  # fmt: skip
-    got = as_rows({f"1.{k}": x for k, x in as_arrays(rows).items()}, "1.")
+    got = as_rows(part(under("1", as_arrays(rows)), "1"))
     assert (got.prompts, got.completions) == (rows.prompts, rows.completions)
     assert got.sampler_logprobs == rows.sampler_logprobs
     np.testing.assert_array_equal(got.advantages, rows.advantages)
@@ -117,8 +117,8 @@ def adapter(run: Path, step: int) -> dict[str, np.ndarray]:
 
 @pytest.mark.slow
 def test_two_processes_train_what_one_does_and_either_number_goes_on(root, tmp_path):
-    """Three steps of four updates each with one process and with two; then two more, resumed with
-    the other number."""
+    """Three steps of four updates each with one process and with two, each of which has a half of
+    the base; then two more, resumed with the other number, by whole bases."""
     config = tiny_config(
         root, n_grpo_steps=3, eval_every=3, n_prompts_per_step=6, epochs_per_step=2,
         updates_per_epoch=2, use_clip=True, entropy_coef=0.01, micro_batch_size=4,
@@ -126,12 +126,12 @@ def test_two_processes_train_what_one_does_and_either_number_goes_on(root, tmp_p
     file = write_config_file(tmp_path / "config.py", config)
     runs = {n: tmp_path / f"run{n}" for n in (1, 2)}
     for n, run in runs.items():
-        said = ended(start(["--config", str(file), "--run_dir", str(run)], n))
+        said = ended(start(["--config", str(file), "--run_dir", str(run), "--fsdp", str(n)], n))
         assert "step_000003" in said[0]
         assert all("step" not in of_another for of_another in said[1:])  # one of them writes
     same(*runs.values(), step=3)
     for n, run in runs.items():
-        ended(start(["--resume", str(run), "--n_grpo_steps", "5"], 3 - n))
+        ended(start(["--resume", str(run), "--n_grpo_steps", "5", "--fsdp", "1"], 3 - n))
     same(*runs.values(), step=5)
 
 

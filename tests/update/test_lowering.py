@@ -67,8 +67,8 @@ def sampler_texts(parts) -> list[str]:
     """Prefill, and a stage of decoding."""
     sampler = JaxSampler(*parts, stop_token_ids=[1], max_tokens=64, max_rows=8)
     given = sampler.adapter, sampler.base
-    ids, lengths = np.zeros((2, 16), np.int32), np.full(2, 16, np.int32)
-    logits, prefix = jax.eval_shape(sampler._prefill, *given, ids, lengths)
+    asked = np.zeros((2, 16), np.int32), np.full(2, 16, np.int32), np.zeros(2, np.uint32)
+    logits, prefix = jax.eval_shape(sampler._prefill, *given, *asked)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), (2, 4)))
     state = jax.eval_shape(
         lambda *x: sampler._first(*x, 1.0, None, group_size=4, greedy=False),
@@ -76,9 +76,9 @@ def sampler_texts(parts) -> list[str]:
     )  # fmt: skip
     state = jax.eval_shape(partial(grown, capacity=64), state)
     decode = lowered(
-        sampler._decode, *given, prefix, keys, 1.0, None, state=state, capacity=64, greedy=False
+        sampler._decode, *given, prefix, keys, 1.0, None, 0, 1, state, capacity=64, greedy=False
     )
-    return [lowered(sampler._prefill, *given, ids, lengths), decode]
+    return [lowered(sampler._prefill, *given, *asked), decode]
 
 
 def arrays(text: str) -> list[tuple[tuple[int, ...], str]]:
