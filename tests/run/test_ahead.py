@@ -166,7 +166,7 @@ def test_a_run_whose_older_adapters_are_gone_is_not_resumed_with_others(root, ru
 def test_the_guard_knows_the_adapter_that_sampled_from_a_newer_and_an_older_one(
     runs, session, root
 ):
-    run, learner = runs[1], new_learner(session)
+    run, learner = runs[1], new_learner(session.configs, session.policy)
     for step in (3, 4):
         lines = read_rollouts(rollouts_file(run, step), session.shared.group_size)
         rows = {0: saved_rows(session.shared, lines)}
@@ -182,7 +182,7 @@ def test_the_guard_knows_the_adapter_that_sampled_from_a_newer_and_an_older_one(
 def test_the_guard_is_sure_on_some_of_the_tokens(runs, session, monkeypatch):
     """The first completions that have so many tokens, one at least."""
     lines = read_rollouts(rollouts_file(runs[1], 4), session.shared.group_size)
-    rows, learner = {0: saved_rows(session.shared, lines)}, new_learner(session)
+    rows, learner = {0: saved_rows(session.shared, lines)}, new_learner(session.configs, session.policy)
     one = adapters.load_all([adapter_folder(runs[1], 2)], learner.adapters)
     seen, real = [], learner.update.logprobs
 
