@@ -182,7 +182,8 @@ def test_the_guard_knows_the_adapter_that_sampled_from_a_newer_and_an_older_one(
 def test_the_guard_is_sure_on_some_of_the_tokens(runs, session, monkeypatch):
     """The first completions that have so many tokens, one at least."""
     lines = read_rollouts(rollouts_file(runs[1], 4), session.shared.group_size)
-    rows, learner = {0: saved_rows(session.shared, lines)}, new_learner(session.configs, session.policy)
+    rows = {0: saved_rows(session.shared, lines)}
+    learner = new_learner(session.configs, session.policy)
     one = adapters.load_all([adapter_folder(runs[1], 2)], learner.adapters)
     seen, real = [], learner.update.logprobs
 
