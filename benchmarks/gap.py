@@ -22,7 +22,7 @@ from jgrpo.config import Config
 from jgrpo.policy import model_config
 from jgrpo.policy.adapter import AdapterConfig, save
 from jgrpo.rollout.vllm import VllmSampler
-from jgrpo.run.policy import open_policy
+from jgrpo.run.policy import open_policies
 from jgrpo.run.probe import _logprobs, _probe_adapter
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -53,7 +53,7 @@ def gap(args: Args, dtype: str, head_dtype: str, folder: Path) -> dict:
         model_id=str(args.model), dtype=dtype, max_tokens=args.tokens,
         max_prompt_tokens=args.prompt_tokens,
     )  # fmt: skip
-    policy, rng = open_policy(config), np.random.default_rng(0)
+    policy, rng = open_policies([config]), np.random.default_rng(0)
     size = (args.completions // GROUP, args.prompt_tokens)
     n_ids = model_config(args.model).vocab_size
     prompts = rng.integers(0, n_ids, size).tolist()

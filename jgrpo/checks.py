@@ -122,6 +122,14 @@ def _wrong_types(c: Any) -> Iterator[str]:
 
 def _wrong_values(c: Any) -> Iterator[str]:
     """Yield one line for each field whose value cannot work: field, value, requirement."""
+    for kind in (
+        _out_of_range, _wrong_in_the_loss, _wrong_in_the_rewards, _wrong_in_the_update,
+        _without_meaning, _wrong_in_the_data, _wrong_at_the_server,
+    ):  # fmt: skip
+        yield from kind(c)
+
+
+def _out_of_range(c: Any) -> Iterator[str]:
     for name in POSITIVE:
         if not 0 < (value := getattr(c, name)) < float("inf"):
             yield f"{name}={value!r}: must be {'finite' if value > 0 else 'positive'}"
@@ -138,19 +146,9 @@ def _wrong_values(c: Any) -> Iterator[str]:
                  "project", "pass_rate_file"):  # fmt: skip
         if not getattr(c, name).strip():
             yield f"{name}={getattr(c, name)!r}: must not be empty (default: {_default(c, name)})"
-    if not 0 <= c.eval_temperature < float("inf"):
-        yield f"eval_temperature={c.eval_temperature}: must be 0 (greedy) or positive"
-    if not 0 < c.eval_top_p <= 1:
-        yield f"eval_top_p={c.eval_top_p}: must be above 0 and at most 1"
-    if c.eval_n_samples > 1 and c.eval_temperature == 0:
-        yield (
-            f"eval_n_samples={c.eval_n_samples} with eval_temperature=0: greedy completions are "
-            "all the same; give an eval_temperature (0.6, say)"
-        )
-    if c.grader_workers > MAX_GRADER_WORKERS:
-        yield f"grader_workers={c.grader_workers}: must be at most {MAX_GRADER_WORKERS} (processes)"
-    if c.group_size == 1:
-        yield "group_size=1: a group of one has no advantage; use 2 or more"
+
+
+def _wrong_in_the_loss(c: Any) -> Iterator[str]:
     if not 0 < c.clip_eps < 1:
         yield f"clip_eps={c.clip_eps}: must be between 0 and 1"
     if c.clip_eps_high is not None and not 0 < c.clip_eps_high < float("inf"):
@@ -158,17 +156,15 @@ def _wrong_values(c: Any) -> Iterator[str]:
     upper = 1 + (c.clip_eps if c.clip_eps_high is None else c.clip_eps_high)
     if c.clip_delta is not None and not upper < c.clip_delta < float("inf"):
         yield f"clip_delta={c.clip_delta}: must be above 1 + clip_eps_high = {upper:g}, or None"
-    if c.max_mean_logprob_diff is not None and not 0 < c.max_mean_logprob_diff < float("inf"):
-        yield f"max_mean_logprob_diff={c.max_mean_logprob_diff}: must be positive, or None"
+
+
+def _wrong_in_the_rewards(c: Any) -> Iterator[str]:
+    if c.grader_workers > MAX_GRADER_WORKERS:
+        yield f"grader_workers={c.grader_workers}: must be at most {MAX_GRADER_WORKERS} (processes)"
+    if c.group_size == 1:
+        yield "group_size=1: a group of one has no advantage; use 2 or more"
     if not 0 <= c.process_reward_weight <= 1:
         yield f"process_reward_weight={c.process_reward_weight}: must be between 0 and 1"
-    if c.updates_per_epoch > 0 and c.n_prompts_per_step % c.updates_per_epoch:
-        yield (
-            f"updates_per_epoch={c.updates_per_epoch}: must divide "
-            f"n_prompts_per_step={c.n_prompts_per_step}"
-        )
-    if c.warmup_steps >= c.n_updates > 0:
-        yield f"warmup_steps={c.warmup_steps}: must be below the {c.n_updates} updates of the run"
     for spec in c.reward_function:
         if not all(spec.rpartition(":")[::2]):
             yield f"reward_function={spec!r}: must be file.py:function or module:function"
@@ -179,18 +175,23 @@ def _wrong_values(c: Any) -> Iterator[str]:
         )
     if not all(math.isfinite(w) for w in c.reward_weights):
         yield f"reward_weights={c.reward_weights}: must be finite"
-    if c.attn_implementation == "cudnn" and c.dtype == "float32":
-        yield "attn_implementation=cudnn: needs dtype=bfloat16 or float16, not float32"
-    yield from _without_meaning(c)
     if c.overlong_cache > c.expected_maximum_length:
         yield (
             f"overlong_cache={c.overlong_cache}: must not exceed "
             f"expected_maximum_length={c.expected_maximum_length}"
         )
-    if c.pass_rate and not (len(c.pass_rate) == 2 and 0 <= c.pass_rate[0] <= c.pass_rate[1] <= 1):
-        yield f"pass_rate={c.pass_rate!r}: must be two numbers between 0 and 1, the lower one first"
-    if {*c.report_to} - {*TRACKERS} or len({*c.report_to}) < len(c.report_to):
-        yield f"report_to={c.report_to!r}: name each of {', '.join(TRACKERS)} at most once, or none"
+
+
+def _wrong_in_the_update(c: Any) -> Iterator[str]:
+    if c.updates_per_epoch > 0 and c.n_prompts_per_step % c.updates_per_epoch:
+        yield (
+            f"updates_per_epoch={c.updates_per_epoch}: must divide "
+            f"n_prompts_per_step={c.n_prompts_per_step}"
+        )
+    if c.warmup_steps >= c.n_updates > 0:
+        yield f"warmup_steps={c.warmup_steps}: must be below the {c.n_updates} updates of the run"
+    if c.attn_implementation == "cudnn" and c.dtype == "float32":
+        yield "attn_implementation=cudnn: needs dtype=bfloat16 or float16, not float32"
     unknown = [m for m in c.lora_target_modules if m not in PROJECTIONS]
     if (
         unknown
@@ -201,6 +202,28 @@ def _wrong_values(c: Any) -> Iterator[str]:
             f"lora_target_modules={c.lora_target_modules!r}: name each of "
             f"{', '.join(PROJECTIONS)} at most once, and at least one"
         )
+
+
+def _wrong_in_the_data(c: Any) -> Iterator[str]:
+    """Problems, evaluation, and where results go."""
+    if not 0 <= c.eval_temperature < float("inf"):
+        yield f"eval_temperature={c.eval_temperature}: must be 0 (greedy) or positive"
+    if not 0 < c.eval_top_p <= 1:
+        yield f"eval_top_p={c.eval_top_p}: must be above 0 and at most 1"
+    if c.eval_n_samples > 1 and c.eval_temperature == 0:
+        yield (
+            f"eval_n_samples={c.eval_n_samples} with eval_temperature=0: greedy completions are "
+            "all the same; give an eval_temperature (0.6, say)"
+        )
+    if c.pass_rate and not (len(c.pass_rate) == 2 and 0 <= c.pass_rate[0] <= c.pass_rate[1] <= 1):
+        yield f"pass_rate={c.pass_rate!r}: must be two numbers between 0 and 1, the lower one first"
+    if {*c.report_to} - {*TRACKERS} or len({*c.report_to}) < len(c.report_to):
+        yield f"report_to={c.report_to!r}: name each of {', '.join(TRACKERS)} at most once, or none"
+
+
+def _wrong_at_the_server(c: Any) -> Iterator[str]:
+    if c.max_mean_logprob_diff is not None and not 0 < c.max_mean_logprob_diff < float("inf"):
+        yield f"max_mean_logprob_diff={c.max_mean_logprob_diff}: must be positive, or None"
     if "@" in c.vllm_url:  # not shown: what stands before it is a secret
         yield (
             "vllm_url: must not hold a user or password, which config.json and logs would keep; "
