@@ -220,8 +220,8 @@ class Config:
     the first step accepts (float32: 1e-3 is normal; bfloat16: 0.1)."""
     max_mean_logprob_diff: float | None = None
     """Largest mean of that gap (nats) over the tokens that a step trains on; a step above it is
-    not kept, and ends the run. None: 1e-3 in float32 (1e-6 is normal), 0.2 in bfloat16 (0.05), 0.05
-    in float16."""
+    not kept, and ends the run. None: 1e-3 in float32 (1e-6 is normal), 0.1 in bfloat16 (0.03),
+    0.0125 in float16 (0.003)."""
     check_stale: bool = True
     """Tell the adapter that should have sampled from the one before it, on a group of each step, by
     a slope that 16-bit noise does not blur (`sampler/stale_slope`: 0 is right, 1 the one before);

@@ -68,4 +68,4 @@ def test_one_that_stays_an_adapter_behind_ends_the_run(config, tmp_path, monkeyp
         train(replace(config, run_dir=str(behind), n_grpo_steps=80))
     mean = "sampler/logprob_diff_mean"
     print(figures(honest, mean), figures(behind, mean), figures(behind, "sampler/stale_slope"))
-    assert max(figures(behind, mean)) < 0.1 * LARGEST_MEAN_GAP["bfloat16"]
+    assert max(figures(behind, mean)) < 0.2 * LARGEST_MEAN_GAP["bfloat16"]

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-GAP = {"float32": 1e-4, "float16": 0.025, "bfloat16": 0.1}
-"""A tenth, and a half, of the means at which a run ends by itself (max_mean_logprob_diff); float32
-is at 1e-6 as a rule, bfloat16 at 0.03 to 0.05."""
+GAP = {"float32": 1e-4, "float16": 0.00625, "bfloat16": 0.05}
+"""A tenth, in 16 bits a half, of the means at which a run ends by itself (max_mean_logprob_diff);
+float32 is at 1e-6 as a rule, float16 at 0.003, bfloat16 at 0.02 to 0.03."""
 
 
 @dataclass(frozen=True)

@@ -35,8 +35,9 @@ OF_THE_SAMPLER = ("sampler/logprob_diff_mean", "sampler/logprob_diff_max", "samp
 GUARD_TOKENS = 4096
 """Of so many tokens the mean gap is known well enough, whichever they are."""
 
-LARGEST_MEAN_GAP = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.2}
-"""max_mean_logprob_diff where it is not given: several times what rounding explains (nats)."""
+LARGEST_MEAN_GAP = {"float32": 1e-3, "float16": 0.0125, "bfloat16": 0.1}
+"""max_mean_logprob_diff where it is not given (nats): five times what rounding explains in 16 bits
+(benchmarks/gap.py: 0.021 in bfloat16, 0.0024 in float16)."""
 
 
 def check_sampler(
