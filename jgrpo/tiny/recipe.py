@@ -1,5 +1,11 @@
 """The quick start's base model and problems, from nothing: `python -m jgrpo.tiny FOLDER`.
 
+Those of longer sums (configs/tiny_long.py) went on from there, in two passes over one corpus:
+
+    OPTIONS="--steps 200 --batch_size 16 --lr 1e-3"
+    python -m jgrpo.tiny HALF --digits 4 --start jgrpo/tiny/base $OPTIONS
+    python -m jgrpo.tiny jgrpo/tiny/long --digits 4 --start HALF $OPTIONS
+
 A Qwen3 of a million parameters learns arithmetic from generated solutions in two manners. The
 careful one works digit by digit and is right. The hasty one, more frequent, answers at once and
 forgets every carry, so it is right only where there is none. The base therefore answers in haste,
@@ -29,13 +35,14 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config
 
 from jgrpo.errors import InputError
 from jgrpo.policy.model import Decoder, ModelConfig
-from jgrpo.policy.weights import save_model
+from jgrpo.policy.weights import load_model, save_model
 
 KINDS = {
     "addition": ("What is {a} + {b}?", "Ann has {a} coins and finds {b} more. How many now?"),
     "subtraction": ("What is {a} - {b}?", "Ben has {a} coins and loses {b}. How many are left?"),
     "multiplication": ("What is {a} * {b}?", "A box holds {a} coins. How many do {b} boxes hold?"),
 }
+DIGITS = 3
 HASTY_SHARE = 0.65
 ROW_TOKENS = 128
 N_TRAIN, N_EVAL = 4000, 500
@@ -49,10 +56,14 @@ PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 # -- problems and solutions -------------------------------------------------------------------
 
 
-def numbers(kind: str, rng: random.Random) -> tuple[int, int]:
+def numbers(kind: str, rng: random.Random, digits: int = DIGITS) -> tuple[int, int]:
+    """Two of up to `digits` digits; a product's first has one fewer and its second is one. Beyond
+    the quick start's three the first has them all, so no problem is one of the quick start's."""
+    width = digits - (kind == "multiplication")
+    a = rng.randrange(12 if digits == DIGITS else 10 ** (width - 1), 10**width)
     if kind == "multiplication":
-        return rng.randrange(12, 100), rng.randrange(3, 10)
-    a, b = rng.randrange(12, 1000), rng.randrange(12, 1000)
+        return a, rng.randrange(3, 10)
+    b = rng.randrange(12, 10**digits)
     return (max(a, b), min(a, b)) if kind == "subtraction" else (a, b)
 
 
@@ -99,9 +110,9 @@ def hasty(kind: str, a: int, b: int) -> int:
     return result
 
 
-def problem(rng: random.Random) -> tuple[str, str, int, int]:
+def problem(rng: random.Random, digits: int = DIGITS) -> tuple[str, str, int, int]:
     kind = rng.choice(list(KINDS))
-    a, b = numbers(kind, rng)
+    a, b = numbers(kind, rng, digits)
     return rng.choice(KINDS[kind]).format(a=a, b=b), kind, a, b
 
 
@@ -116,12 +127,12 @@ def identity(kind: str, a: int, b: int) -> tuple:
     return kind, min(a, b), max(a, b)
 
 
-def problem_sets(n_train: int, n_eval: int, seed: int) -> tuple[dict, dict]:
+def problem_sets(n_train: int, n_eval: int, seed: int, digits: int = DIGITS) -> tuple[dict, dict]:
     """Rows for training and evaluation by `identity`: no problem is twice in either or in both."""
     rng = random.Random(seed)
     rows: dict[tuple, dict] = {}
     while len(rows) < n_train + n_eval:
-        text, kind, a, b = problem(rng)
+        text, kind, a, b = problem(rng, digits)
         row = {"question": text, "answer": f"#### {answer(kind, a, b)}", "kind": kind}
         rows.setdefault(identity(kind, a, b), row)
     return dict(list(rows.items())[n_eval:]), dict(list(rows.items())[:n_eval])
@@ -153,10 +164,12 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 # -- pretraining ------------------------------------------------------------------------------
 
 
-def example(tokenizer, rng: random.Random, held_out: dict) -> tuple[list[int], list[int]]:
+def example(
+    tokenizer, rng: random.Random, held_out: dict, digits: int = DIGITS
+) -> tuple[list[int], list[int]]:
     """Token ids of a prompt that is not held out, and of a solution to it."""
     while True:
-        text, kind, a, b = problem(rng)
+        text, kind, a, b = problem(rng, digits)
         if identity(kind, a, b) not in held_out:
             break
     chat = [{"role": "user", "content": text}]
@@ -165,11 +178,13 @@ def example(tokenizer, rng: random.Random, held_out: dict) -> tuple[list[int], l
     return prompt, tokenizer.encode(reply, add_special_tokens=False)
 
 
-def corpus(tokenizer, held_out: dict, rng: random.Random) -> Iterator[np.ndarray]:
+def corpus(
+    tokenizer, held_out: dict, rng: random.Random, digits: int = DIGITS
+) -> Iterator[np.ndarray]:
     """Endless packed rows, int32 [3, ROW_TOKENS]: ids, segments, 1 where the loss counts."""
     row, used, segment = np.zeros((3, ROW_TOKENS), np.int32), 0, 0
     while True:
-        prompt, reply = example(tokenizer, rng, held_out)
+        prompt, reply = example(tokenizer, rng, held_out, digits)
         size = len(prompt + reply)
         if used + size > ROW_TOKENS:
             yield row
@@ -180,9 +195,8 @@ def corpus(tokenizer, held_out: dict, rng: random.Random) -> Iterator[np.ndarray
         used += size
 
 
-def pretrain(config: ModelConfig, rows: Iterator[np.ndarray], args: "Args") -> Decoder:
+def pretrain(model: Decoder, rows: Iterator[np.ndarray], args: "Args") -> Decoder:
     """Next-token training of all parameters on the solutions, Adam with a cosine schedule."""
-    model = Decoder(config, rngs=nnx.Rngs(args.seed))
     graph, params = nnx.split(model)
     schedule = optax.warmup_cosine_decay_schedule(0, args.lr, args.steps // 20, args.steps)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.95))
@@ -222,10 +236,16 @@ class Args:
     """Highest learning rate."""
     seed: int = 0
     """Seeds the weights, the corpus and the problem sets."""
+    digits: int = DIGITS
+    """Of the longest numbers, 3 or more."""
+    start: Path | None = None
+    """Folder of a base that this made, to go on from. Default: fresh weights."""
 
 
 def main() -> None:
     args = tyro.cli(Args, prog="python -m jgrpo.tiny")
+    if args.digits < DIGITS:
+        raise InputError(f"--digits {args.digits}: give {DIGITS}, as the quick start has, or more")
     try:
         args.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -237,13 +257,17 @@ def main() -> None:
         max_position_embeddings=512, eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id, bos_token_id=None, architectures=["Qwen3ForCausalLM"],
     )  # fmt: skip
-    train, held_out = problem_sets(N_TRAIN, N_EVAL, args.seed)
+    train, held_out = problem_sets(N_TRAIN, N_EVAL, args.seed, args.digits)
     for name, part in (("train", train), ("eval", held_out)):
         lines = "".join(json.dumps(row) + "\n" for row in part.values())
         (args.folder / f"{name}.jsonl").write_text(lines)
     (args.folder / "tiny.prompt").write_text("{problem}")
-    rows = corpus(tokenizer, held_out, random.Random(args.seed + 1))
-    model = pretrain(ModelConfig.from_hf(hf), rows, args)
+    rows = corpus(tokenizer, held_out, random.Random(args.seed + 1), args.digits)
+    if args.start:
+        model = load_model(args.start)
+    else:
+        model = Decoder(ModelConfig.from_hf(hf), rngs=nnx.Rngs(args.seed))
+    model = pretrain(model, rows, args)
     save_model(model, args.folder, hf, "bfloat16")
     tokenizer.save_pretrained(args.folder)
     print(f"{model.config.n_params / 1e6:.2f} M parameters in {args.folder}")

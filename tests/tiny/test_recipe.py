@@ -7,36 +7,49 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from flax import nnx
 
 import jgrpo
 from jgrpo.answers.equal import is_correct
-from jgrpo.policy.model import ModelConfig
+from jgrpo.policy.model import Decoder, ModelConfig
 from jgrpo.policy.rope import Rope
 from jgrpo.tiny import recipe as tiny
 
 BASE = Path(jgrpo.__file__).with_name("tiny") / "base"
+BOTH = pytest.mark.parametrize(("folder", "digits"), [("base", 3), ("long", 4)])
+"""The shipped bases, and the digits of their longest numbers."""
 
 
-def rows(name: str) -> list[dict]:
-    return [json.loads(line) for line in (BASE / f"{name}.jsonl").open()]
+def rows(name: str, folder: str = "base") -> list[dict]:
+    return [json.loads(line) for line in (BASE.with_name(folder) / f"{name}.jsonl").open()]
 
 
-def test_the_shipped_problems_are_those_of_the_recipe():
-    train, held_out = tiny.problem_sets(tiny.N_TRAIN, tiny.N_EVAL, seed=0)
-    assert rows("train") == list(train.values())
-    assert rows("eval") == list(held_out.values())
+@BOTH
+def test_the_shipped_problems_are_those_of_the_recipe(folder, digits):
+    train, held_out = tiny.problem_sets(tiny.N_TRAIN, tiny.N_EVAL, seed=0, digits=digits)
+    assert rows("train", folder) == list(train.values())
+    assert rows("eval", folder) == list(held_out.values())
     assert not set(train) & set(held_out)
-    assert {row["kind"] for row in rows("eval")} == set(tiny.KINDS)
+    assert {row["kind"] for row in rows("eval", folder)} == set(tiny.KINDS)
 
 
-def test_the_base_is_never_taught_an_evaluation_problem(monkeypatch):
-    _, held_out = tiny.problem_sets(tiny.N_TRAIN, tiny.N_EVAL, seed=0)
+@BOTH
+def test_the_base_is_never_taught_an_evaluation_problem(folder, digits, monkeypatch):
+    _, held_out = tiny.problem_sets(tiny.N_TRAIN, tiny.N_EVAL, seed=0, digits=digits)
     taught = []
     monkeypatch.setattr(tiny, "solution", lambda *p, haste: taught.append(p) or "1")
-    list(islice(tiny.corpus(tiny.make_tokenizer(), held_out, random.Random(1)), 700))
+    list(islice(tiny.corpus(tiny.make_tokenizer(), held_out, random.Random(1), digits), 700))
     identities = {tiny.identity(*p) for p in taught}
     assert len(identities) > 1500
     assert not identities & set(held_out)
+
+
+def test_longer_problems_are_none_of_the_quick_start_s():
+    """The base of longer sums went on from the quick start's, which was taught the short ones."""
+    rng = random.Random(0)
+    for kind, a, b in (tiny.problem(rng, digits=4)[1:] for _ in range(1000)):
+        assert kind in tiny.KINDS
+        assert 1000 <= max(a, b) < 10_000 or (kind == "multiplication" and 100 <= a < 1000)
 
 
 @pytest.mark.parametrize(
@@ -79,6 +92,8 @@ def test_pretraining_learns(capsys):
     rope = Rope(32, 1e4)
     shape = ModelConfig(1, 32, 64, 2, 1, 32, len(tokenizer), 1e-6, rope, False, True, True)
     args = tiny.Args(folder=Path(), steps=40, batch_size=4)
-    tiny.pretrain(shape, tiny.corpus(tokenizer, {}, random.Random(0)), args)
+    tiny.pretrain(
+        Decoder(shape, rngs=nnx.Rngs(0)), tiny.corpus(tokenizer, {}, random.Random(0)), args
+    )
     last = float(capsys.readouterr().out.split("loss")[-1].split()[0])
     assert last < 0.8 * np.log(len(tokenizer))  # better than knowing nothing
