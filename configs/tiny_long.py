@@ -14,4 +14,5 @@ config = replace(
     dataset_path=str(BASE / "train.jsonl"),
     eval_dataset_path=str(BASE / "eval.jsonl"),
     prompt_template=str(BASE / "tiny.prompt"),
+    expected_maximum_length=64,
 )

@@ -195,7 +195,7 @@ def test_a_config_file_changes_what_it_says_of_rank1_and_nothing_else(name):
 
 def test_every_config_file_is_in_the_table_and_loads():
     files = {file.stem: load_config(file) for file in CONFIGS.glob("*.py")}
-    assert files.keys() == CHANGES.keys() | {"rank1", "tiny"}
+    assert files.keys() == CHANGES.keys() | {"rank1", "tiny", "tiny_long"}
     assert all(isinstance(config, Config) for config in files.values())
 
 
@@ -301,8 +301,8 @@ def test_a_technique_that_cannot_change_anything_is_warned_of(fields, warned):
 def test_the_config_files_that_are_warned_of_are_known():
     # With one update a rollout neither clip nor cap nor KL to the old policy can bind.
     warned = {file.stem for file in CONFIGS.glob("*.py") if without_effect(load_config(file))}
-    # tiny.py sets the lengths that --use_length_penalty would read.
-    assert warned == {"clip", "kl", "cispo", "gspo", "dapo", "tiny"}
+    # The tiny ones set the lengths that --use_length_penalty would read.
+    assert warned == {"clip", "kl", "cispo", "gspo", "dapo", "tiny", "tiny_long"}
 
 
 def test_every_option_that_may_be_idle_is_named_exactly_while_nothing_reads_it():
