@@ -184,7 +184,7 @@ the simple design if it gains no more than {100 * margin:g} points over its refe
 contradicts it if it surely gains more. A row whose adapters stay within {100 * ROUNDING:g} % of
 their way from its reference's, for as long as both see the same completions, is the same but for
 rounding: it says nothing, however far apart its accuracy. Tokens and seconds are means of a run
-(start-up not counted)."""
+(start-up not counted); of runs side by side, each has the seconds of all."""
 
 
 def _signed(interval: Interval) -> str:
