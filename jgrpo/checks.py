@@ -92,14 +92,17 @@ READ_WHERE: dict[str, Condition] = {
     "base_dir": (lambda c: not c.run_dir, "without --run_dir"),
 }
 """Option -> when something reads it, and that in words; all others are read by every training."""
-READ_BY_EVALUATION = frozenset(
-    {"model_id", "dtype", "lora_r", "lora_alpha", "lora_target_modules", "attn_implementation",
-     "seed", "rollout", "vllm_url", "vllm_timeout_s", "vllm_move_s", "max_tokens",
-     "max_prompt_tokens",
-     "dataset_path", "dataset_split", "eval_dataset_path", "eval_split", "n_eval_prompts",
-     "prompt_template", "enable_thinking", "grader_timeout_s", "grader_workers",
-     "n_prompts_per_step", "group_size", "eval_n_samples", "eval_temperature", "eval_top_p"}
+ASKED_BY_EVALUATION = frozenset(
+    {"model_id", "dtype", "rollout", "max_tokens", "max_prompt_tokens", "dataset_path",
+     "dataset_split", "eval_dataset_path", "eval_split", "n_eval_prompts", "prompt_template",
+     "enable_thinking", "eval_n_samples", "eval_temperature", "eval_top_p"}
 )  # fmt: skip
+"""What is asked, and how: policies that are compared must have it in common."""
+READ_BY_EVALUATION = ASKED_BY_EVALUATION | {
+    "lora_r", "lora_alpha", "lora_target_modules", "attn_implementation", "seed", "vllm_url",
+    "vllm_timeout_s", "vllm_move_s", "grader_timeout_s", "grader_workers", "n_prompts_per_step",
+    "group_size",
+}  # fmt: skip
 
 
 def problems_of(c: Any) -> list[str]:

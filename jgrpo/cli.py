@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from jgrpo.checks import unread_by_evaluation
+from jgrpo.checks import ASKED_BY_EVALUATION, unread_by_evaluation
 from jgrpo.config import Config, config_of_run, load_config
 from jgrpo.errors import SIGNALS, InputError
 from jgrpo.flags import parse_flags, plain
-from jgrpo.run.rundir import existing_adapter, last_adapter, read_config, run_of_adapter
+from jgrpo.members import differing
+from jgrpo.run.rundir import adapter_of, last_adapter, read_config, run_of_adapter
 
 KEEP_FREED_MEMORY = (
     "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=17179869184:"
@@ -78,15 +79,17 @@ class Evaluate(Command):
     greedy, or avg@n, pass@k and maj@k of --n_samples completions a problem (--eval_n_samples), each
     with its 95 % interval over problems. Prints a table, and one JSON line on stdout."""
 
-    run: Path | None = None
-    """Run folder: its own config, and the adapter of its last step."""
+    run: tuple[Path, ...] = ()
+    """Run folder: its own config, and the adapter of its last step. Of several, whose evaluation
+    must be the same, the adapters are sampled side by side."""
     step: int | None = None
     """The adapter of this step of --run instead."""
     adapter: Path | None = None
     """PEFT folder of an adapter, or a run folder for its last one; an adapter within a run brings
     the run's config where no --config is given. Without any of these: the base model."""
     all_steps: bool = False
-    """Every adapter that --run has kept, first to last; draws eval_curve.png beside --out."""
+    """Every adapter that --run has kept, first to last; draws eval_curve.png in its folder, or
+    beside --out."""
     against: Path | None = None
     """`base`, or another adapter (a PEFT folder, a run): asked the same problems, for the paired
     difference, McNemar's exact p and the problems that changed."""
@@ -96,7 +99,7 @@ class Evaluate(Command):
     eval_set_folder: Path | None = None
     """Folder of local copies of the named sets (gsm8k.jsonl, ...), for where there is no hub."""
     out: Path | None = None
-    """File for the completions, a JSON line each. Default: eval.jsonl in the run's folder, where
+    """File for the completions, a JSON line each. Default: eval.jsonl in each run's folder, where
     it replaces the last evaluation's; without a run, none is written."""
 
 
@@ -141,10 +144,11 @@ class AblateRuns(Command):
     """Folder of the runs and the report."""
     jobs: int = 1
     """Processes at a time; the cores are shared among them."""
-    together: int = 1
+    together: int | None = None
     """Runs that one process trains side by side over one base, where they share what they must
     (all but the loss, the rewards, rank, learning rate and seed). Sums are then in another order
-    than alone, so that rows differ by rounding."""
+    than alone, so that rows differ by rounding; 1: each alone. Default: as many as fit into the
+    memory by --dry_run's figure, 16 at most; it is told."""
     margin: float = 0.02
     """Gain in accuracy (a fraction) below which a row counts as no gain."""
 
@@ -163,8 +167,8 @@ def parse(kind: type[C], argv: Sequence[str] | None = None, *, name: str = "") -
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--config", type=Path, nargs=several)
     first.add_argument("--resume", type=Path, nargs=several)
-    for word in ("run", "adapter"):
-        first.add_argument(f"--{word}", type=Path)
+    first.add_argument("--run", type=Path, nargs="*")
+    first.add_argument("--adapter", type=Path)
     try:
         given, _ = first.parse_known_args(args)
     except argparse.ArgumentError:
@@ -180,7 +184,9 @@ def parse(kind: type[C], argv: Sequence[str] | None = None, *, name: str = "") -
         configs = [resumed_config(run) for run in given.resume]
     elif given.config:
         configs = [load_config(file) for file in (given.config if several else [given.config])]
-    elif kind is Evaluate and (run := given.run or run_of_adapter(given.adapter)):
+    elif kind is Evaluate and given.run:
+        configs = [resumed_config(run) for run in given.run]
+    elif kind is Evaluate and (run := run_of_adapter(given.adapter)):
         configs = [resumed_config(run)]
     config = configs[0]
     prog = f"python -m jgrpo.{name or kind.__name__.lower()}"
@@ -194,6 +200,7 @@ def parse(kind: type[C], argv: Sequence[str] | None = None, *, name: str = "") -
 
         command = dataclasses.replace(command, options=begun(command.options, words))
     if isinstance(command, Evaluate):
+        _check_evaluated_alike(command, configs, words)
         against = command.against if str(command.against) == "base" else _last_of(command.against)
         command = dataclasses.replace(command, adapter=_adapter_of(command), against=against)
         names = [f.name for f in dataclasses.fields(Config)]
@@ -226,7 +233,7 @@ def _members(command: Train, configs: Sequence[Config], words: set[str]) -> tupl
 
 def _adapter_of(command: Evaluate) -> Path | None:
     """The PEFT folder that --run and --step, or --adapter, name. InputError where they conflict."""
-    run, step, adapter = command.run, command.step, command.adapter
+    run, step, adapter = next(iter(command.run), None), command.step, command.adapter
     if run is None and (step is not None or command.all_steps):
         given = "--all_steps" if step is None else f"--step {step}"
         raise InputError(f"{given}: of which run? Give --run RUN with it")
@@ -236,8 +243,23 @@ def _adapter_of(command: Evaluate) -> Path | None:
         other = "--adapter" if adapter else "--config"
         raise InputError(f"--run {run} brings its own config and adapters; leave {other} away")
     if run is not None:
-        return last_adapter(run) if step is None else existing_adapter(run, step)
+        return adapter_of(run, step)
     return _last_of(adapter)
+
+
+def _check_evaluated_alike(command: Evaluate, configs: Sequence[Config], given: set[str]) -> None:
+    """InputError if runs would be asked other problems, or otherwise, by their own configs."""
+    if len(set(command.run)) < len(command.run):
+        raise InputError("--run: a run is given twice")
+    if odd := [n for n in differing(configs) if n in ASKED_BY_EVALUATION and n not in given]:
+        values = "; ".join(
+            f"{name}: {', '.join(dict.fromkeys(repr(getattr(c, name)) for c in configs))}"
+            for name in odd
+        )
+        raise InputError(
+            f"these runs evaluate otherwise, by their own configs ({values}): evaluate them apart, "
+            f"or give one value for all, as --{odd[0]}"
+        )
 
 
 def _last_of(adapter: Path | None) -> Path | None:

@@ -27,9 +27,16 @@ from rich.progress import Progress
 
 from jgrpo.prompts.problems import make_evaluation, overlap
 from jgrpo.prompts.sets import read_set
-from jgrpo.run.evaluation import evaluate
+from jgrpo.run.evaluation import evaluate_members
 from jgrpo.run.results import Result, as_json, compare, draw_steps, table
-from jgrpo.run.rundir import is_writable, json_line, kept_adapters, run_of_adapter, write_whole
+from jgrpo.run.rundir import (
+    adapter_of,
+    is_writable,
+    json_line,
+    kept_adapters,
+    run_of_adapter,
+    write_whole,
+)
 from jgrpo.run.sampler import check_adapters, each_policy
 from jgrpo.run.session import Problems, configure_jax, open_grader, open_problems
 
@@ -38,7 +45,7 @@ def run(command: cli.Evaluate) -> dict[str, Any]:
     """Evaluate every policy on every set, write and show what came out, and return its JSON."""
     configure_jax()
     config, console = command.options, Console(stderr=True, highlight=False)
-    policies, out = policies_of(command), output_file(command)
+    policies, outputs = policies_of(command), output_files(command)
     results = []
     with ExitStack() as stack:
         problems = open_problems(config)
@@ -52,15 +59,21 @@ def run(command: cli.Evaluate) -> dict[str, Any]:
         bars = stack.enter_context(Progress(console=console, transient=True))
         task = bars.add_task(f"{n_completions} completions", total=n_completions)
         advance = lambda done, tokens: bars.advance(task, done)  # noqa: E731
-        for adapter, sampler in each_policy(config, policies, problems.stop_token_ids):
+        for part, sampler in each_policy(config, policies, problems.stop_token_ids):
             for name, asked in sets.items():
-                result = evaluate(config, sampler, grader, asked, advance)
-                results.append(Result(adapter, name, result))
+                members = range(len(part))
+                found = evaluate_members(
+                    [config] * len(part), members, sampler, grader, asked, advance
+                )
+                results += [Result(a, name, e) for a, e in zip(part, found, strict=True)]
+    results.sort(key=lambda result: policies.index(result.adapter))
     comparisons = compare(results, reference_of(command)) if command.against else []
-    if out is not None:
-        write_whole(out, "".join(json_line(line) for r in results for line in r.lines()))
+    for out, run in outputs.items():
+        own = [r for r in results if run in (None, run_of_adapter(r.adapter))
+               or (command.against and r.adapter == reference_of(command))]  # fmt: skip
+        write_whole(out, "".join(json_line(line) for r in own for line in r.lines()))
         if command.all_steps:
-            draw_steps(results).savefig(out.with_name("eval_curve.png"))
+            draw_steps(own).savefig(out.with_name("eval_curve.png"))
     console.print(table(results))
     for comparison in comparisons:
         console.print(printable(comparison.text()), markup=False, soft_wrap=True)
@@ -78,8 +91,10 @@ def policies_of(command: cli.Evaluate) -> list[Path | None]:
     """The adapters to evaluate (None: the base), without repeats. InputError if --against is the
     only one of them."""
     policies: list[Path | None] = [command.adapter]
-    if command.all_steps and command.run is not None:
-        policies = list(kept_adapters(command.run).values())
+    if command.all_steps:
+        policies = [a for run in command.run for a in kept_adapters(run).values()]
+    elif command.run:
+        policies = [adapter_of(run, command.step) for run in command.run]
     if command.against is not None:
         policies = [reference_of(command), *policies]
         if len(set(policies)) == 1:
@@ -87,17 +102,18 @@ def policies_of(command: cli.Evaluate) -> list[Path | None]:
     return list(dict.fromkeys(policies))
 
 
-def output_file(command: cli.Evaluate) -> Path | None:
-    """Where the completions go. InputError if it cannot be written."""
-    home = run_of_adapter(command.adapter)
-    out = command.out or (home / "eval.jsonl" if home else None)
-    if out is None:
-        return None
-    if not out.parent.is_dir():
-        raise InputError(f"--out {out}: there is no folder {out.parent}")
-    if out.is_dir() or not is_writable(out.parent):
-        raise InputError(f"--out {out}: is a folder, or in one that cannot be written to")
-    return out
+def output_files(command: cli.Evaluate) -> dict[Path, Path | None]:
+    """Where the completions go: the file, and the run whose it is (None: all that are evaluated).
+    InputError if one cannot be written."""
+    homes = command.run or [run for run in [run_of_adapter(command.adapter)] if run]
+    files: dict[Path, Path | None] = {run / "eval.jsonl": run for run in homes}
+    files = {command.out: None} if command.out else files
+    for out in files:
+        if not out.parent.is_dir():
+            raise InputError(f"--out {out}: there is no folder {out.parent}")
+        if out.is_dir() or not is_writable(out.parent):
+            raise InputError(f"--out {out}: is a folder, or in one that cannot be written to")
+    return files
 
 
 def open_sets(command: cli.Evaluate, problems: Problems) -> dict[str, Problems]:

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -25,7 +26,7 @@ from jgrpo.policy.adapter import adapter_arrays
 from jgrpo.run.policy import open_policy
 from jgrpo.run.rundir import adapter_folder, read_metrics, rollouts_file
 from jgrpo.run.scoring import Scorers
-from jgrpo.study import compare, report, sweep
+from jgrpo.study import compare, fit, report, sweep
 from jgrpo.study.sameness import sameness
 from jgrpo.study.variants import read_variants
 from jgrpo.train import train
@@ -169,7 +170,8 @@ def command(root: Path, *args: str) -> cli.AblateRuns:
 @pytest.fixture(scope="module")
 def swept(root):
     """Two variants that must be equal to the bit, and one that must not; then all again."""
-    asked = command(root, "--variants", "clip", "token_level")  # rank1 comes by itself
+    args = ("--variants", "clip", "token_level", "--together", "1")  # rank1 comes by itself
+    asked = command(root, *args)
     folder = root / "sweep" / "token_level"
     folder.mkdir(parents=True)
     changes = {"use_token_level_loss": True, "seed": 0, "run_dir": str(folder / "seed_0")}
@@ -260,9 +262,59 @@ def test_runs_that_must_not_be_side_by_side_are_in_groups_of_their_own(root, tmp
     ]
     names = lambda most: [[j.variant for j in g] for g in sweep.groups_of(jobs, most)]  # noqa: E731
     assert names(9) == [["0", "1", "3", "5"], ["2"], ["4"]]
-    assert names(3) == [["0", "1", "3"], ["5"], ["2"], ["4"]]
+    assert names(3) == [["0", "1"], ["3", "5"], ["2"], ["4"]]
     (tmp_path / "3" / "checkpoints" / "000004").mkdir(parents=True)
     assert names(9) == [["0", "1", "5"], ["2"], ["3"], ["4"]]
+
+
+@pytest.mark.parametrize(
+    ("n_variants", "n_seeds", "most", "sizes", "n_kinds"),
+    [
+        (14, 2, 8, [7] * 4, 2),
+        (14, 2, 16, [14] * 2, 1),
+        (3, 5, 8, [6, 6, 3], 2),
+        (5, 1, 3, [3, 2], 2),
+        (2, 3, 1, [1] * 6, 2),
+    ],
+)
+def test_groups_repeat_the_same_variants_so_that_they_share_programs(
+    root, n_variants, n_seeds, most, sizes, n_kinds
+):
+    base = command(root).options
+    jobs = [
+        sweep.Job(str(v), seed, dataclasses.replace(base, seed=seed))
+        for seed in range(n_seeds)
+        for v in range(n_variants)
+    ]
+    groups = sweep.groups_of(jobs, most)
+    assert [len(group) for group in groups] == sizes
+    assert [job for group in groups for job in group] == jobs
+    assert len({tuple(j.variant for j in group) for group in groups}) == n_kinds
+
+
+def test_as_many_as_fit_by_the_dry_run_s_figure_are_side_by_side(root, monkeypatch, capsys):
+    base = command(root).options
+    configs = [dataclasses.replace(base, seed=seed) for seed in range(4)]
+    most, why = fit.most_that_fit([configs], 1)
+    assert most == 4
+    assert why.startswith("up to 4 runs side by side: training takes 0.0")
+    assert fit.most_that_fit([configs[:1], configs[1:2]], 1)[0] == 1
+
+    def needed(configs, policy, lengths):
+        return SimpleNamespace(total=10 + 5 * len(configs))
+
+    monkeypatch.setattr(fit, "training_memory", needed)
+    for free, n_processes, expected in (
+        (30, 1, 4),
+        (29, 1, 2),
+        (30, 2, 1),
+        (1, 1, 1),
+        (None, 9, 4),
+    ):
+        monkeypatch.setattr(fit, "free_memory", lambda free=free: free)
+        most, why = fit.most_that_fit([configs], n_processes)
+        assert most == expected, (free, n_processes)
+        assert ("that are free" in why) == (free is not None)
 
 
 @pytest.mark.slow
@@ -276,6 +328,7 @@ def test_a_folder_of_another_config_is_refused(swept, root):
     [
         (["--eval_every", "0"], "eval_every=0"),
         (["--jobs", "0"], "--jobs must be 1"),
+        (["--together", "0"], "--jobs must be 1 or more, as --together"),
         (["--variants", "cispo+clip"], "use_clip with loss_type=cispo"),
     ],
 )

@@ -201,7 +201,7 @@ def test_evaluation_of_such_a_run_still_knows_the_base(run):
     policies = [None, run / "adapters" / "step_000000"]
     asked = [rollouts(run, 1)[0]["prompt_ids"]]
     found = {}
-    for adapter, sampler in each_policy(command.options, policies, ()):
+    for [adapter], sampler in each_policy(command.options, policies, ()):
         [[one]] = sampler.sample(asked, seeds=[1], temperature=1.0)
         row = {"prompt_ids": asked[0], "token_ids": one.token_ids}
         found[adapter] = np.array(one.logprobs), row

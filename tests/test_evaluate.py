@@ -9,6 +9,7 @@ from collections import Counter
 from itertools import combinations
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import scipy.stats
@@ -18,7 +19,9 @@ import jgrpo
 from jgrpo import cli, evaluate
 from jgrpo.answers import last_boxed
 from jgrpo.errors import InputError
-from jgrpo.run.rundir import read_metrics
+from jgrpo.rollout.embedded import JaxSampler
+from jgrpo.run.rundir import kept_adapters, read_metrics
+from jgrpo.run.sampler import each_policy
 from jgrpo.train import train
 
 pytestmark = pytest.mark.usefixtures("shared_compilation_cache")
@@ -100,6 +103,55 @@ def test_a_run_brings_its_config_and_its_adapters(run):
         assert command.adapter == adapter, argv
     command = cli.parse(cli.Evaluate, ["--run", str(run), "--n_eval_prompts", "3"])
     assert command.options == dataclasses.replace(cli.resumed_config(run), n_eval_prompts=3)
+
+
+@pytest.mark.slow
+def test_several_runs_are_evaluated_side_by_side_each_as_alone(run, config, monkeypatch):
+    """Of two ranks; and as each run has evaluated itself."""
+    other = train(dataclasses.replace(config, lora_r=2, seed=1, n_grpo_steps=2, eval_every=2))
+    real, loaded = JaxSampler.load, []
+
+    def load(self, *folders):
+        loaded.append(folders)
+        real(self, *folders)
+
+    monkeypatch.setattr(JaxSampler, "load", load)
+    command = cli.parse(cli.Evaluate, ["--run", str(run), str(other)])
+    first, second = evaluate.run(command)["results"]
+    assert first.items() >= {"step": 8, **of_step(run, 8)}.items()
+    assert second.items() >= {"step": 2, **of_step(other, 2)}.items()
+    assert [len(folders) for folders in loaded] == [2]
+    for folder in (run, other):
+        rows = read_lines(folder / "eval.jsonl")
+        assert len(rows) == 8
+        assert {Path(row["adapter"]).parent.parent for row in rows} == {folder}
+
+
+def test_adapters_are_sampled_in_parts_as_large_as_each_other(run, config):
+    """Nine in two parts of five: the last one fills up the second."""
+    adapters = [None, *kept_adapters(run).values()]
+    assert len(adapters) == 10
+    found = [
+        (part, jax.tree.leaves(sampler.adapter)[0].shape[0])
+        for part, sampler in each_policy(config, adapters, ())
+    ]
+    assert [(len(part), n) for part, n in found] == [(1, 1), (5, 5), (4, 5)]
+    assert [adapter for part, _ in found for adapter in part] == adapters
+
+
+def test_runs_that_are_asked_otherwise_are_not_evaluated_together(run, tmp_path):
+    saved = json.loads((run / "config.json").read_text())
+    saved["config"] |= {"n_eval_prompts": 5, "lr": 0.5}
+    for name in ("config.json", "adapters"):
+        (tmp_path / name).symlink_to(run / name)
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    argv = ["--run", str(run), str(tmp_path)]
+    with pytest.raises(InputError, match=r"evaluate otherwise.*\(n_eval_prompts: 8, 5\)"):
+        cli.parse(cli.Evaluate, argv)
+    assert len(cli.parse(cli.Evaluate, [*argv, "--n_eval_prompts", "3"]).run) == 2
+    with pytest.raises(InputError, match="a run is given twice"):
+        cli.parse(cli.Evaluate, ["--run", str(run), str(run)])
 
 
 @pytest.mark.parametrize(

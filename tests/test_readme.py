@@ -35,6 +35,7 @@ def test_command_lines_are_understood(line, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(cli, "resumed_config", lambda run: load_config("configs/tiny.py"))
     monkeypatch.setattr(cli, "last_adapter", lambda run: run / "adapters" / "step_000040")
+    monkeypatch.setattr(cli, "adapter_of", lambda run, _: run / "adapters" / "step_000040")
     words = shlex.split(line)
     words = words[words.index("-m") + 1 :]
     if words[0] == "jgrpo.ablate":

@@ -9,18 +9,18 @@ Axes as in `batch`: P prompts of S tokens, R rows of U tokens, M tokens that are
 slots, N completions; K slots for trained tokens in the head: M or R U, and what fills up chunks.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.tree_util import Partial
 
 from jgrpo.policy.attention import Attend, attention, causal_mask
 from jgrpo.policy.backend import backend
 from jgrpo.policy.batch import MicroBatch
-from jgrpo.policy.lora import LoRAParam, own_columns
+from jgrpo.policy.lora import own_columns
 from jgrpo.policy.model import Decoder, positions_in
 from jgrpo.policy.tape import Tape
 
@@ -56,12 +56,12 @@ def hidden_states(
     batch: MicroBatch,
     tape: Tape | None,
     *,
-    n_members: int = 1,
+    ranks: Sequence[int] = (1,),
     checkpoint: bool = False,
     attn_implementation: str = "xla",
 ) -> tuple[jax.Array, Tape | None]:
     """The computed tokens' final hidden states [1, M, D], and the tape, written (`taped_scan`).
-    The model's adapter is `n_members` side by side."""
+    The model's adapter is several of these `ranks` side by side, or one alone."""
     (p, s), lengths = batch.prompts.shape, jnp.asarray(batch.prompt_lengths)
     ids = jnp.concatenate([batch.prompts.reshape(-1), batch.rows.reshape(-1)])
     in_rows = lengths[batch.row_prompts][:, None] + positions_in(jnp.asarray(batch.segments))
@@ -72,7 +72,7 @@ def hidden_states(
     ids, positions, members = (
         x.at[batch.places].get(mode="fill", fill_value=0)[None] for x in (ids, positions, members)
     )
-    own = own_columns(members, nnx.state(model, LoRAParam), n_members)
+    own = own_columns(members, ranks)
     attend = _shared_prompts(batch, attn_implementation)
     return model.model(ids, positions, attend, own=own, checkpoint=checkpoint, tape=tape)
 

@@ -3,8 +3,8 @@
 LoRA: Hu et al. 2021, https://arxiv.org/abs/2106.09685, section 4.1. No dropout and no bias: the
 study uses neither, and both would make the policy that is trained differ from the one sampled.
 
-E adapters over one base are one of rank E R: A and B stand side by side, and of x A each token
-keeps the R columns of its own (`own_columns`).
+E adapters over one base are one whose rank is the sum of theirs: A and B stand side by side, and of
+x A each token keeps the columns of its own (`own_columns`).
 """
 
 import math
@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jgrpo.policy.backend import backend
@@ -88,9 +89,12 @@ adapted.defvjp(_adapted_forward, _adapted_backward)
 # -- several side by side --------------------------------------------------------------------------
 
 
-def side_by_side(adapters: nnx.State, scales: Sequence[float]) -> nnx.State:
-    """Adapters A [E, L, in, R] and B [E, L, R, out] as one: A [L, in, E R] and B [L, E R, out], the
-    e-th B times scales[e]. (One alone, without the leading axis, is as it is.)"""
+def side_by_side(
+    adapters: nnx.State, scales: Sequence[float], ranks: Sequence[int] | None = None
+) -> nnx.State:
+    """Adapters A [E, L, in, R] and B [E, L, R, out] as one, A [L, in, R'] and B [L, R', out], the
+    e-th B times scales[e]. Of each its rank is taken, R' in all, and not the zeros that fill it up;
+    None: the whole R. (One alone, without the leading axis, is as it is.)"""
 
     def one(path, leaf):
         x = leaf[...]
@@ -98,22 +102,23 @@ def side_by_side(adapters: nnx.State, scales: Sequence[float]) -> nnx.State:
             return leaf
         if path[-1] == "lora_B":
             x = x * jnp.asarray(scales, x.dtype)[:, None, None, None]
-            return leaf.replace(jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, x.shape[3]))
-        return leaf.replace(jnp.moveaxis(x, 0, 2).reshape(*x.shape[1:3], -1))
+        axis = 1 if path[-1] == "lora_B" else 2
+        of_each = ranks or [x.shape[axis + 1]] * len(x)
+        cut = [jax.lax.slice_in_dim(y, 0, r, axis=axis) for y, r in zip(x, of_each, strict=True)]
+        return leaf.replace(jnp.concatenate(cut, axis))
 
     return nnx.from_flat_state(
         (path, one(path, leaf)) for path, leaf in nnx.to_flat_state(adapters)
     )
 
 
-def own_columns(members: jax.Array, adapter: nnx.State, n_members: int) -> jax.Array | None:
-    """bool [..., E R]: which columns of x A are those of a token's member [...], where `adapter` is
-    `n_members` side by side. None where there is only one."""
-    if n_members == 1:
+def own_columns(members: jax.Array, ranks: Sequence[int]) -> jax.Array | None:
+    """bool [..., R']: which columns of x A are those of a token's member [...], where adapters of
+    these ranks stand side by side. None where there is only one."""
+    if len(ranks) == 1:
         return None
-    rank = rank_of(adapter)
-    of_column = jnp.arange(rank, dtype=members.dtype) // (rank // n_members)
-    return members[..., None] == of_column
+    of_column = np.repeat(np.arange(len(ranks)), ranks)
+    return members[..., None] == jnp.asarray(of_column, members.dtype)
 
 
 def rank_of(adapter: nnx.State) -> int:

@@ -82,11 +82,11 @@ def _nucleus(logits, top_p):
     return jnp.where(logits >= least, logits, MASKED)
 
 
-def merged(graph, scales, adapter, base, members) -> tuple[Decoder, jax.Array | None]:
+def merged(graph, scales, ranks, adapter, base, members) -> tuple[Decoder, jax.Array | None]:
     """The model with its adapter, or those of several members, and which columns of that are each
-    prompt's [P, 1, E R]."""
-    adapter = side_by_side(adapter, scales)
-    return nnx.merge(graph, adapter, base), own_columns(members[:, None], adapter, len(scales))
+    prompt's [P, 1, R]."""
+    model = nnx.merge(graph, side_by_side(adapter, scales, ranks), base)
+    return model, own_columns(members[:, None], ranks or [1] * len(scales))
 
 
 def prefill(model_of, adapter, base, ids, lengths, members) -> tuple[jax.Array, Prefix]:

@@ -82,7 +82,7 @@ def rows_that_fit(
 class JaxSampler:
     """Fills `rollout.Sampler`. `max_rows` completions at most are decoded at once by each device of
     `mesh` (else all), or one group. `adapter` is one, or those of several members, [E, ...]
-    (`scales` as in `lora.side_by_side`)."""
+    (`scales` and `ranks` as in `lora.side_by_side`)."""
 
     def __init__(
         self,
@@ -94,6 +94,7 @@ class JaxSampler:
         max_tokens: int,
         max_rows: int,
         scales: Sequence[float] = (1.0,),
+        ranks: Sequence[int] | None = None,
         mesh: Mesh | None = None,
     ):
         self.mesh = mesh = make_mesh() if mesh is None else mesh
@@ -104,7 +105,7 @@ class JaxSampler:
 
         def model_of(adapter, base, members):
             whole = gathered_when_read(mesh, base)
-            return merged(graph, tuple(scales), adapter, whole, members)
+            return merged(graph, scales, ranks, adapter, whole, members)
 
         def on(function, given: str, gives: Any, static: str, **options) -> Any:
             return on_each(mesh, function, of(given), gives, static=static.split(), **options)

@@ -30,16 +30,18 @@ SHAPE = ("lora_r", "lora_alpha", "lora_target_modules")
 @dataclass(frozen=True)
 class Policy:
     """The model, split into structure, adapter and frozen base. The adapter is one, or those of E
-    members, [E, ...] (`scales` as in `lora.side_by_side`)."""
+    members, [E, ...] (`scales` and `ranks` as in `lora.side_by_side`)."""
 
     graph: nnx.GraphDef
     adapter: nnx.State
     base: nnx.State
     scales: tuple[float, ...] = (1.0,)
+    ranks: tuple[int, ...] | None = None
 
     @property
-    def parts(self) -> tuple[nnx.GraphDef, nnx.State, nnx.State, tuple[float, ...]]:
-        return self.graph, self.adapter, self.base, self.scales
+    def parts(self) -> tuple[Any, ...]:
+        """Of which the same policy is made again, in field order."""
+        return self.graph, self.adapter, self.base, self.scales, self.ranks
 
     def logprobs(
         self,
@@ -125,7 +127,7 @@ def open_policies(configs: Sequence[Config], *, abstract: bool = False) -> Polic
         return stacked_up([with_rank(adapter, rank) for adapter in each])
 
     found = jax.eval_shape(adapters_of_all) if abstract else adapters_of_all()
-    return replace(policy, adapter=found, scales=scales)
+    return replace(policy, adapter=found, scales=scales, ranks=tuple(c.lora_r for c in configs))
 
 
 # -- the adapter that it begins from ---------------------------------------------------------------

@@ -33,6 +33,11 @@ class Result:
         return int(number) if number.isdecimal() else None
 
     @property
+    def run(self) -> Path:
+        """Of a step's adapter, the folder of its run."""
+        return self.adapter.parent.parent if self.adapter else Path()
+
+    @property
     def policy(self) -> str:
         return short(self.adapter) if self.adapter else "base"
 
@@ -150,15 +155,18 @@ def table(results: Sequence[Result]) -> Table:
 
 
 def draw_steps(results: Sequence[Result]) -> Figure:
-    """Accuracy over the steps of a run, with its interval: a line a set."""
+    """Accuracy over the steps of runs, with its interval: a line a run and set."""
     figure = Figure(figsize=(7, 4.2), dpi=150, layout="constrained")
     axes = figure.subplots()
-    for i, name in enumerate(dict.fromkeys(r.eval_set for r in results)):
-        own = {r.step: r for r in results if r.eval_set == name and r.step is not None}
+    of_steps = [r for r in results if r.step is not None]
+    lines = dict.fromkeys((r.run, r.eval_set) for r in of_steps)
+    several = len({run for run, _ in lines}) > 1
+    for i, (run, name) in enumerate(lines):
+        own = {r.step or 0: r for r in of_steps if (r.run, r.eval_set) == (run, name)}
         steps = list(own)
         points = [r.evaluation.intervals["eval/accuracy"] for r in own.values()]
         colour = COLOURS[i % len(COLOURS)]
-        label = name or "evaluation problems"
+        label = f"{run.name}: " * several + (name or "evaluation problems")
         axes.plot(steps, [p.value for p in points], color=colour, label=label, **MARKED)
         low, high = [p.low for p in points], [p.high for p in points]
         axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)

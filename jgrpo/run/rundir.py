@@ -138,6 +138,11 @@ def last_adapter(run_dir: Path) -> Path:
     return kept[max(kept)]
 
 
+def adapter_of(run_dir: Path, step: int | None) -> Path:
+    """The adapter of a step, or (None) of the last. InputError if it is not there."""
+    return last_adapter(run_dir) if step is None else existing_adapter(run_dir, step)
+
+
 def run_of_adapter(folder: Path | None) -> Path | None:
     """The run whose adapter this folder is, or the folder itself if it is a run; else None."""
     if folder is None:

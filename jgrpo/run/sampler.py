@@ -1,4 +1,4 @@
-"""The sampler that a config names, and one for several policies, each in its turn."""
+"""The sampler that a config names, and those for several policies, some at a time."""
 
 import shlex
 from collections.abc import Iterator, Sequence
@@ -16,8 +16,11 @@ from jgrpo.rollout.embedded import rows_that_fit
 from jgrpo.rollout.protocol import Sampler
 from jgrpo.rollout.vllm import VllmSampler
 from jgrpo.run.device import free_memory
-from jgrpo.run.policy import Policy, open_policy, shaped
+from jgrpo.run.policy import Policy, open_policies, open_policy, shaped
 from jgrpo.run.together import new_sampler
+
+AT_ONCE = 8
+"""Policies that are sampled side by side at most."""
 
 
 def sampled_at_once(config: Config, policy: Policy, free: int | None) -> int:
@@ -70,18 +73,36 @@ def check_adapters(config: Config, adapters: Sequence[Path | None]) -> None:
 
 def each_policy(
     config: Config, adapters: Sequence[Path | None], stops: Sequence[int]
-) -> Iterator[tuple[Path | None, Sampler]]:
-    """Each adapter (None: the base), and a sampler that samples from it until the next is taken.
-    The base comes first; adapters of one shape that follow each other share a sampler."""
-    ordered = sorted(adapters, key=lambda adapter: adapter is not None)
-    first = next((a for a in ordered if a is not None), None)
-    for own, group in groupby(ordered, lambda adapter: shaped(config, adapter or first)):
-        policy = open_policy(own, abstract=own.rollout == "vllm")
-        sampler = open_sampler(own, policy, stops, "evaluate", alone=False)
+) -> Iterator[tuple[list[Path | None], Sampler]]:
+    """The adapters (None: the base), some at a time, and a sampler whose members they are until the
+    next are taken. The base comes first, alone; parts of the same shapes share a sampler."""
+    for shapes, parts in groupby(_in_parts(config, adapters), lambda part: part[0]):
+        policy = open_policies(shapes, abstract=config.rollout == "vllm")
+        sampler = open_sampler(shapes[0], policy, stops, "evaluate", alone=False)
         try:
-            for adapter in group:
-                if adapter is not None:
-                    sampler.load(adapter)
-                yield adapter, sampler
+            for _, part in parts:
+                folders = [adapter for adapter in part if adapter is not None]
+                if folders:  # the last one again fills up a smaller part: the programs are the same
+                    sampler.load(*folders, *folders[-1:] * (len(shapes) - len(folders)))
+                yield part, sampler
         finally:
             sampler.close()
+
+
+def _in_parts(
+    config: Config, adapters: Sequence[Path | None]
+) -> list[tuple[list[Config], list[Path | None]]]:
+    """What is sampled side by side, parts as large as each other, and the members' shapes."""
+    shapes = {adapter: shaped(config, adapter) for adapter in adapters if adapter is not None}
+    key = lambda a: (shapes[a].lora_target_modules, shapes[a].lora_r, shapes[a].lora_alpha)  # noqa: E731
+    found: list[tuple[list[Config], list[Path | None]]] = []
+    if None in adapters:
+        found.append(([next(iter(shapes.values()), shaped(config, None))], [None]))
+    for _, group in groupby(sorted(shapes, key=key), lambda a: shapes[a].lora_target_modules):
+        alike = [*group]
+        size = -(-len(alike) // -(-len(alike) // AT_ONCE))
+        for i in range(0, len(alike), size):
+            part = alike[i : i + size]
+            filled = [*part, *part[-1:] * (size - len(part))]
+            found.append(([shapes[adapter] for adapter in filled], [*part]))
+    return found

@@ -88,14 +88,14 @@ def new_sampler(
 
 
 def learner_of(kind: Any, configs: Sequence[Config], policy: Policy) -> Any:
-    graph, adapter, base, scales = policy.parts
-    return kind(configs, graph, adapter, base, scales=scales)
+    p = policy
+    return kind(configs, p.graph, p.adapter, p.base, scales=p.scales)
 
 
 def sampler_of(kind: Any, config: Config, policy: Policy, stops, max_rows: int) -> Any:
-    graph, adapter, base, scales = policy.parts
+    p = policy
     return kind(
-        graph, adapter, base, scales=scales, mesh=make_mesh(config.fsdp),
+        p.graph, p.adapter, p.base, scales=p.scales, ranks=p.ranks, mesh=make_mesh(config.fsdp),
         stop_token_ids=stops, max_tokens=config.max_tokens, max_rows=max_rows,
     )  # fmt: skip
 

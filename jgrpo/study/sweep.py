@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from jgrpo.config import Config
 from jgrpo.errors import InputError, RunError, printable
 from jgrpo.members import shared_options
 from jgrpo.run.rundir import jsonable, read_config, read_metrics, write_whole
+from jgrpo.study.fit import most_that_fit
 from jgrpo.study.variants import Variant
 
 Train = Callable[[Sequence[Config], Sequence[Path | None]], object]
@@ -88,17 +90,26 @@ def _check_same(folder: Path, config: Config) -> None:
 
 
 def groups_of(jobs: Sequence[Job], most: int) -> list[list[Job]]:
-    """Runs that can be trained side by side, `most` at a time: they share what members must, and
-    are as far."""
-    alike: dict[tuple, list[Job]] = {}
+    """Runs that can be trained side by side, `most` at a time."""
+    return [group for those in alike(jobs) for group in _cut(those, most)]
+
+
+def alike(jobs: Sequence[Job]) -> list[list[Job]]:
+    """Those that share what members must, and are as far."""
+    found: dict[tuple, list[Job]] = {}
     for job in jobs:
         shared = shared_options(job.config).values()
-        alike.setdefault((*shared, _last_checkpoint(job.folder)), []).append(job)
-    return [
-        group[start : start + most]
-        for group in alike.values()
-        for start in range(0, len(group), most)
-    ]
+        found.setdefault((*shared, _last_checkpoint(job.folder)), []).append(job)
+    return [*found.values()]
+
+
+def _cut(jobs: Sequence[Job], most: int) -> list[list[Job]]:
+    """Whole seeds at a time, or else each seed in parts as large as each other: groups of the same
+    variants have the same programs, and the compiler's work is done once."""
+    n = len({job.variant for job in jobs})
+    size = most // n * n or -(-n // -(-n // most))
+    runs = [jobs] if size >= n else [[*of_seed] for _, of_seed in groupby(jobs, lambda j: j.seed)]
+    return [list(run[i : i + size]) for run in runs for i in range(0, len(run), size)]
 
 
 def _last_checkpoint(folder: Path) -> str:
@@ -108,21 +119,26 @@ def _last_checkpoint(folder: Path) -> str:
 
 
 def run_all(
-    jobs: Sequence[Job], train: Train, n_workers: int, console: Console, together: int = 1
+    jobs: Sequence[Job], train: Train, n_workers: int, console: Console, together: int | None = 1
 ) -> None:
-    """Train what is not done, so many runs together. RunError, after all others have ended, if a
-    run failed."""
+    """Train what is not done, so many runs together (None: as many as fit). RunError, after all
+    others have ended, if a run failed."""
     left = [job for job in jobs if not job.done]
     console.print(f"{len(jobs)} runs, {len(jobs) - len(left)} of them done already")
     if not left:
         return
+    context = multiprocessing.get_context("spawn")
+    if together is None:  # in a process that ends: this one must not take a GPU's memory
+        with ProcessPoolExecutor(1, context) as pool:
+            asked = [[job.config for job in those] for those in alike(left)]
+            together, why = pool.submit(most_that_fit, asked, n_workers).result()
+        console.print(printable(why), markup=False)
     groups = groups_of(left, together)
     if together > 1:
         console.print(f"{len(left)} runs in {len(groups)} groups side by side")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
                TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())  # fmt: skip
     failed: dict[str, str] = {}
-    context = multiprocessing.get_context("spawn")
     workers = context.Value("i", 0)
     with (
         Progress(*columns, console=console, speed_estimate_period=3600) as bar,

@@ -286,6 +286,7 @@ def update_of(
         [Objective(loss_of(c), needs_ref(c)) for c in configs],
         adam(),
         scales=scales,
+        ranks=[c.lora_r for c in configs],
         temperature=shared.temperature,
         checkpoint=shared.gradient_checkpointing,
         entropy_gradient=any(c.entropy_coef > 0 for c in configs),

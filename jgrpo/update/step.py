@@ -76,9 +76,10 @@ OUR_SUMS = ("loss", "entropy", "tokens", "gap", "sampler_kl")
 class Update:
     """Compiled once for each shape of micro-batch.
 
-    `objectives` are the members', one each; `scales` multiply their B's beside what the graph does
-    (`lora.side_by_side`). Without old_logprobs the policy is the one that sampled (first update of
-    a rollout): they equal the logprobs, and no pass is spent; where one is NaN, it does so too.
+    `objectives` are the members', one each; `scales` multiply their B's beside what the graph does,
+    and of each its own of the `ranks` counts (`lora.side_by_side`); one alone needs neither.
+    Without old_logprobs the policy is the one that sampled (first update of a rollout): they equal
+    the logprobs, and no pass is spent; where one is NaN, it does so too.
     `entropy_gradient` lets the losses see that of the entropies. Without a `mesh` it is that of all
     devices.
     """
@@ -90,6 +91,7 @@ class Update:
         optimizer: optax.GradientTransformationExtraArgs,
         *,
         scales: Sequence[float] | None = None,
+        ranks: Sequence[int] | None = None,
         temperature: float = 1.0,
         checkpoint: bool = False,
         entropy_gradient: bool = False,
@@ -98,9 +100,9 @@ class Update:
     ):
         alone = [Objective(objectives)] if callable(objectives) else objectives
         self.graph, self.objectives, self.optimizer = graph, [*alone], optimizer
-        self.scales = scales or [1.0] * len(self.objectives)
+        self.scales, self.ranks = scales or [1.0] * len(self.objectives), ranks
         self.of_layers: dict[str, Any] = {
-            "n_members": len(self.objectives),
+            "ranks": tuple(ranks or [1] * len(self.objectives)),
             "checkpoint": checkpoint,
             "attn_implementation": attn_implementation,
         }
@@ -206,7 +208,7 @@ class Update:
 
     def _model(self, adapters, base) -> Decoder:
         base = gathered_when_read(self.mesh, base)
-        return nnx.merge(self.graph, side_by_side(adapters, self.scales), base)
+        return nnx.merge(self.graph, side_by_side(adapters, self.scales, self.ranks), base)
 
     def _sum(self, adapters, base, batches, old, ref):
         """The sums of each device, and the logprobs."""

@@ -11,9 +11,17 @@ from conftest import OneLearner, with_random_b
 from test_learner import ADVANTAGES, ROWS, tiny_config
 
 from jgrpo.policy.adapter import adapter_arrays
-from jgrpo.policy.lora import fresh_adapter, nth, side_by_side, split, stacked_up, with_rank
+from jgrpo.policy.lora import (
+    fresh_adapter,
+    nth,
+    own_columns,
+    side_by_side,
+    split,
+    stacked_up,
+    with_rank,
+)
 from jgrpo.policy.weights import load_model
-from jgrpo.update.learner import Learner, batches_of
+from jgrpo.update.learner import Learner, Logprobs, batches_of
 from jgrpo.update.learner import together as in_company
 
 BASE = {"use_kl_penalty": True, "kl_to": "base"}
@@ -32,8 +40,8 @@ MEMBERS = (
 TARGETS = ("q_proj", "down_proj")
 
 
-def config_of(e: int):
-    return dataclasses.replace(tiny_config(), **MEMBERS[e])
+def config_of(e: int, **changes):
+    return dataclasses.replace(tiny_config(), **{**MEMBERS[e], **changes})
 
 
 def rows_of(e: int):
@@ -50,24 +58,26 @@ def folder(checkpoint):
     return checkpoint("qwen3-tied", num_hidden_layers=1)
 
 
-def adapter_of(folder, e: int):
+def adapter_of(folder, e: int, **changes):
     """A member's adapter, with B far from zero; and the model around it, whose scale is its own."""
-    c = config_of(e)
+    c = config_of(e, **changes)
     model = load_model(folder, rank=c.lora_r, alpha=c.lora_alpha, target_modules=TARGETS)
     graph, adapter, base = split(model)
     return graph, with_random_b(fresh_adapter(adapter, e), seed=e), base
 
 
-def alone(folder, e: int) -> OneLearner:
-    return OneLearner(config_of(e), *adapter_of(folder, e))
+def alone(folder, e: int, **changes) -> OneLearner:
+    return OneLearner(config_of(e, **changes), *adapter_of(folder, e, **changes))
 
 
-def together(folder, members) -> Learner:
+def together(folder, members, changes=()) -> Learner:
     """These members over one base, in a graph whose scale is 1."""
-    configs = [config_of(e) for e in members]
+    changes = changes or [{}] * len(members)
+    configs = [config_of(e, **own) for e, own in zip(members, changes, strict=True)]
     rank = max(c.lora_r for c in configs)
     graph, _, base = split(load_model(folder, rank=rank, alpha=rank, target_modules=TARGETS))
-    adapters = [with_rank(adapter_of(folder, e)[1], rank) for e in members]
+    each = [adapter_of(folder, e, **own)[1] for e, own in zip(members, changes, strict=True)]
+    adapters = [with_rank(adapter, rank) for adapter in each]
     scales = [c.lora_alpha / c.lora_r for c in configs]
     return Learner(configs, graph, stacked_up(adapters), base, scales=scales)
 
@@ -120,6 +130,44 @@ def test_gradients_in_company_are_those_alone(folder):
             np.testing.assert_array_equal(a, b)
 
 
+def off_policy_gradients(learner: Learner, rows: dict, old: dict):
+    """[E, ...]: of one update of each member from these old logprobs, and those of its KL's policy
+    where there are such."""
+    rollout, known, refs = in_company(rows), Logprobs(in_company(rows)), Logprobs(in_company(rows))
+    batches = batches_of(learner.configs[0], rollout, np.arange(len(rollout.completions)))
+    known.values[:] = np.concatenate([old[e] for e in rows])[:, : known.values.shape[1]]
+    refs.add(batches, learner.update.logprobs(learner.ref, learner.base, batches))
+    total, _ = learner.update._sum(
+        learner.adapters, learner.base, batches, known.of(batches), refs.of(batches)
+    )
+    return learner.update._added_up(total).gradient
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("turn", range(3))
+def test_off_policy_each_loss_s_gradient_among_eight_others_is_that_alone(folder, turn):
+    """To 1e-5, at ranks 1, 4 and 16 in turn, where ratios are far enough from 1 that clips and
+    penalties count."""
+    members, rng = range(len(MEMBERS)), np.random.default_rng(0)
+    changes = [{"lora_r": (1, 4, 16)[(e + turn) % 3]} for e in members]
+    rows, old, expected = {e: rows_of(e) for e in members}, {}, {}
+    for e in members:
+        lone = alone(folder, e, **changes[e])
+        batches = batches_of(config_of(e), rows[e], np.arange(8))
+        known = Logprobs(rows[e])
+        known.add(batches, lone.update.logprobs(lone.adapters, lone.base, batches))
+        noise = rng.normal(0, 0.3, (8, 64)).astype(np.float32)
+        old[e] = noise[:, : known.values.shape[1]] + known.values
+        expected[e] = nth(off_policy_gradients(lone, {0: rows[e]}, {0: old[e]}), 0)
+    longest = max(x.shape[1] for x in old.values())
+    padded = {e: np.pad(x, ((0, 0), (0, longest - x.shape[1])), constant_values=np.nan)
+              for e, x in old.items()}  # fmt: skip
+    found = off_policy_gradients(together(folder, members, changes), rows, padded)
+    for e in members:
+        got = with_rank(nth(found, e), changes[e]["lora_r"])
+        assert relative_error(*map(adapter_arrays, (got, expected[e]))) < 1e-5, e
+
+
 @pytest.mark.slow
 def test_two_members_of_one_config_stay_equal_and_another_s_overflow_is_its_own(folder):
     """Members 0 and 2 are the same; member 1's rewards are not finite, in both steps."""
@@ -161,3 +209,14 @@ def test_side_by_side_keeps_one_alone_as_it_is_and_scales_each(folder):
     wide = with_rank(adapter, 8)
     tripled = jax.tree.leaves(wide)[1] * 3
     np.testing.assert_allclose(jax.tree.leaves(both)[1], tripled)
+
+
+def test_of_a_smaller_rank_only_its_own_columns_are_computed(folder):
+    """Ranks 1, 16 and 4 are one of rank 21; each token keeps those of its member."""
+    members, ranks = (0, 2, 1), (1, 16, 4)
+    company = together(folder, members)
+    both = side_by_side(company.adapters, company.update.scales, ranks)
+    assert {leaf.shape[-1] for leaf in jax.tree.leaves(both)[::2]} == {21}
+    own = np.asarray(own_columns(jnp.array([0, 1, 2], jnp.uint32), ranks))
+    assert own.sum(axis=1).tolist() == [1, 16, 4]
+    assert own.argmax(axis=1).tolist() == [0, 1, 17]
