@@ -298,7 +298,7 @@ def shared_compilation_cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def one_grader():
+def kept_grader():
     """The runs of a process grade with the same workers: each would import sympy again."""
 
     opened: list[Grader] = []

@@ -44,7 +44,9 @@ def adapter(base, tmp_path_factory):
     return make_adapter(base, tmp_path_factory.mktemp("adapter") / "a")
 
 
-@pytest.mark.parametrize("kind", ["qwen3-tied", "qwen3-untied"])
+@pytest.mark.parametrize(
+    "kind", ["qwen3-tied", pytest.param("qwen3-untied", marks=pytest.mark.slow)]
+)
 def test_a_merge_equals_pefts_and_is_rounded_once(kind, checkpoint, tmp_path):
     base = checkpoint(kind)
     adapter = make_adapter(base, tmp_path / "adapter")

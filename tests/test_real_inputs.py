@@ -145,9 +145,8 @@ class Emptied:
         return [[Completion([], [], "stop") for _ in group] for group in groups]
 
 
-@pytest.mark.parametrize(
-    "kind", ["empty", pytest.param("all cut off and masked", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["empty", "all cut off and masked"])
 def test_a_run_goes_through_steps_that_have_nothing_to_train_on(kind, root, monkeypatch):
     options = {"n_grpo_steps": 2, "use_length_penalty": True, "use_token_level_loss": True}
     if kind == "empty":

@@ -36,6 +36,7 @@ def skeleton(gold: str) -> list[str]:
     return re.findall(r"[0-9A-Z.-]|\\sqrt|\\pi|frac", gold)
 
 
+@pytest.mark.slow
 def test_no_real_gold_is_taken_for_another_one(golds):
     """Pairs of other digits, looked at one by one: the same number."""
     equal_by_hand = {

@@ -229,11 +229,9 @@ def test_it_follows_a_run_that_goes_on(page, folder):
     until(c, "#runs td", "5 of 4")
 
 
-@pytest.mark.parametrize(
-    ("width", "dark"),
-    [(400, True), *(pytest.param(*x, marks=pytest.mark.slow)
-                    for x in ((400, False), (1280, True), (1280, False)))],
-)  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize("dark", [True, False])
+@pytest.mark.parametrize("width", [400, 1280])
 def test_no_view_is_wider_than_the_screen(page, width, dark):
     for view in ("curves", "completions?run=2&step=4", "problem", "health", "report"):
         c = page(view, width=width, dark=dark)

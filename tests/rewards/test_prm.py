@@ -159,6 +159,7 @@ def test_the_reward_is_the_mean_of_the_step_scores(reference, rewards):
     assert got[0, 2] == got[1, 2] == 0  # "" and a blank line: no steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mistake", [{"early": 1}, {"newline": False}, {"problem_end": ""}], ids=str
 )

@@ -102,7 +102,8 @@ def quick(monkeypatch):
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
 def test_hundreds_of_faults_change_nothing(seed, tmp_path, caplog):
     calm, faulty = Faulty(0, share=0.0), Faulty(seed, share=0.4)
     expected, _ = run_through(calm, tmp_path)

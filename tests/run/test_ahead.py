@@ -1,6 +1,7 @@
 """Rollouts that run ahead: which adapter samples what, that a stopped run goes on to the bit, that
 the guard knows the adapter that sampled, and what becomes of errors in the other thread."""
 
+import functools
 import shutil
 import threading
 import time
@@ -52,7 +53,7 @@ def config_of(root, n_ahead: int, **changes) -> Config:
 @pytest.fixture(scope="module")
 def runs(root):
     """By how far they run ahead."""
-    return {n_ahead: train(config_of(root, n_ahead)) for n_ahead in (0, 1, 2)}
+    return functools.cache(lambda n_ahead: train(config_of(root, n_ahead)))
 
 
 @pytest.fixture(scope="module")
@@ -85,9 +86,9 @@ def sampled_by_hand(session, sampler, folder: Path, step: int) -> list[list]:
             zip(rows.prompts, rows.completions, rows.sampler_logprobs, strict=True)]  # fmt: skip
 
 
-@pytest.mark.parametrize("n_ahead", [0, 1, 2])
+@pytest.mark.parametrize("n_ahead", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (0, 2))])
 def test_step_k_is_sampled_with_adapter_k_1_K_and_its_rows_say_so(n_ahead, runs, session, sampler):
-    run = runs[n_ahead]
+    run = runs(n_ahead)
     for step in range(1, STEPS + 1):
         policy = max(0, step - 1 - n_ahead)
         rows = read_lines(rollouts_file(run, step))
@@ -102,8 +103,9 @@ def test_step_k_is_sampled_with_adapter_k_1_K_and_its_rows_say_so(n_ahead, runs,
     ]
 
 
+@pytest.mark.slow
 def test_the_gap_is_to_the_adapter_that_sampled_and_the_way_since_has_a_name_of_its_own(runs):
-    for row in steps_of(runs[2]):
+    for row in steps_of(runs(2)):
         assert 0 < row["sampler/logprob_diff_mean"] < 1e-5
         assert row["sampler/logprob_diff_max"] < 1e-4
         assert abs(row["sampler/kl"]) < 1e-6
@@ -112,14 +114,14 @@ def test_the_gap_is_to_the_adapter_that_sampled_and_the_way_since_has_a_name_of_
             assert abs(row["train/importance_weight"] - 1) > 1e-4
         else:
             assert "staleness/logprob_diff_mean" not in row
-    assert not any(tag in row for row in steps_of(runs[0])
+    assert not any(tag in row for row in steps_of(runs(0))
                    for tag in ("staleness/kl", "train/importance_weight"))  # fmt: skip
 
 
 def test_evaluations_are_of_the_newest_adapter(runs, session, sampler):
-    for row in read_metrics(runs[1]):
+    for row in read_metrics(runs(1)):
         if "eval/accuracy" in row:
-            sampler.load(adapter_folder(runs[1], row["step"]))
+            sampler.load(adapter_folder(runs(1), row["step"]))
             found = evaluate(session.shared, sampler, session.grader, session.problems).metrics
             assert {tag: row[tag] for tag in found} == found
 
@@ -133,7 +135,7 @@ def test_stopped_at_any_step_and_resumed_it_is_the_same_run_to_the_bit(
     n_ahead, stop_at, runs, root, monkeypatch
 ):
     """Ctrl-C after the update of a step, while the next ones are sampled."""
-    whole, config, real = runs[n_ahead], config_of(root, n_ahead), train_module.step_metrics
+    whole, config, real = runs(n_ahead), config_of(root, n_ahead), train_module.step_metrics
     calls = []
 
     def interrupted(*given):
@@ -157,7 +159,7 @@ def test_stopped_at_any_step_and_resumed_it_is_the_same_run_to_the_bit(
 
 def test_a_run_whose_older_adapters_are_gone_is_not_resumed_with_others(root, runs, tmp_path):
     config = config_of(root, 1)
-    run = shutil.copytree(runs[1], tmp_path / "run")
+    run = shutil.copytree(runs(1), tmp_path / "run")
     shutil.rmtree(adapter_folder(run, STEPS - 1))
     with pytest.raises(InputError, match=r"no .*step_000003, from which rollouts_ahead=1 samples"):
         train(replace(config, n_grpo_steps=STEPS + 1), resume=run)
@@ -166,7 +168,7 @@ def test_a_run_whose_older_adapters_are_gone_is_not_resumed_with_others(root, ru
 def test_the_guard_knows_the_adapter_that_sampled_from_a_newer_and_an_older_one(
     runs, session, root
 ):
-    run, learner = runs[1], new_learner(session.configs, session.policy)
+    run, learner = runs(1), new_learner(session.configs, session.policy)
     for step in (3, 4):
         lines = read_rollouts(rollouts_file(run, step), session.shared.group_size)
         rows = {0: saved_rows(session.shared, lines)}
@@ -181,10 +183,10 @@ def test_the_guard_knows_the_adapter_that_sampled_from_a_newer_and_an_older_one(
 
 def test_the_guard_is_sure_on_some_of_the_tokens(runs, session, monkeypatch):
     """The first completions that have so many tokens, one at least."""
-    lines = read_rollouts(rollouts_file(runs[1], 4), session.shared.group_size)
+    lines = read_rollouts(rollouts_file(runs(1), 4), session.shared.group_size)
     rows = {0: saved_rows(session.shared, lines)}
     learner = new_learner(session.configs, session.policy)
-    one = adapters.load_all([adapter_folder(runs[1], 2)], learner.adapters)
+    one = adapters.load_all([adapter_folder(runs(1), 2)], learner.adapters)
     seen, real = [], learner.update.logprobs
 
     def logprobs(adapters, base, batches):
@@ -235,7 +237,7 @@ def test_an_error_in_sampling_ahead_ends_the_run_where_it_is_needed_and_loses_no
             train(config)
     run = Path(str(error.value).split()[-1])
     train(config, resume=run)
-    assert comparable(read_metrics(run)) == comparable(read_metrics(runs[1]))
+    assert comparable(read_metrics(run)) == comparable(read_metrics(runs(1)))
 
 
 @pytest.mark.slow
@@ -243,7 +245,7 @@ def test_members_run_ahead_together_as_they_do_alone(root, runs):
     configs = [config_of(root, 1), config_of(root, 1, seed=7, lora_r=2, use_dynamic_sampling=False)]
     company = train_together(configs)
     for step in range(1, STEPS + 1):
-        ours, alone = (read_lines(rollouts_file(run, step)) for run in (company[0], runs[1]))
+        ours, alone = (read_lines(rollouts_file(run, step)) for run in (company[0], runs(1)))
         assert [row["token_ids"] for row in ours] == [row["token_ids"] for row in alone]
         for run in company:
             assert {row["policy_step"] for row in read_lines(rollouts_file(run, step))} == {
@@ -256,7 +258,7 @@ def test_members_run_ahead_together_as_they_do_alone(root, runs):
 
 
 def test_a_step_is_replayed_with_the_adapter_that_sampled_it(runs):
-    for tag, (logged, now) in replay(runs[1], 4).items():
+    for tag, (logged, now) in replay(runs(1), 4).items():
         assert logged == now, tag
 
 

@@ -37,7 +37,8 @@ def test_a_fingerprint_is_of_problems_answers_and_templates_and_not_of_the_day()
     assert known not in {other.fingerprint for other in others}
 
 
-@pytest.mark.parametrize("platform", [pytest.param("nonsense", marks=pytest.mark.slow), "rocm"])
+@pytest.mark.slow
+@pytest.mark.parametrize("platform", ["nonsense", "rocm"])
 def test_a_device_that_is_not_there_is_told_before_anything_is_read(platform, tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "jgrpo.train", "--model_id", str(tmp_path / "nothing")],

@@ -140,6 +140,7 @@ def logprobs_in_16_bits(config, policy, adapter, rows):
     return [found[i][: len(c)].tolist() for i, c in enumerate(rows.completions)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sampled_by", "expected"), [("right", 0.0), ("before", 1.0)])
 def test_a_model_in_16_bits_is_told_from_itself_one_small_update_ago(policy, sampled_by, expected):
     """The sampler is the model in bfloat16, whose noise is larger than the update."""

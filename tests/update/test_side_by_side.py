@@ -188,6 +188,7 @@ def test_two_members_of_one_config_stay_equal_and_another_s_overflow_is_its_own(
     assert relative_error(first, adapter_arrays(lone.state(0)[0])) < 1e-3
 
 
+@pytest.mark.slow
 def test_a_member_that_takes_no_part_stays_as_it_is(folder):
     company = together(folder, (0, 1))
     before = jax.tree.map(np.asarray, company.state(1))
