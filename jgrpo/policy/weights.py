@@ -196,12 +196,13 @@ def filled(
     """
     graph, adapter, base = split(module)
     with ExitStack() as files:
-        tensors = _open_all(folder, files)
+        tensors, files_of = _open_all(folder, files)
         _refuse_quantised_tensors(folder, tensors)
         flat = list(nnx.to_flat_state(base))
         _check(folder, tensors, flat, unused)
         base = nnx.from_flat_state(
-            (path, leaf.replace(_read(folder, tensors, path, leaf, mesh))) for path, leaf in flat
+            (path, leaf.replace(_read(folder, tensors, files_of, path, leaf, mesh)))
+            for path, leaf in flat
         )
     return nnx.merge(graph, fresh_adapter(adapter, seed), base)
 
@@ -214,9 +215,9 @@ def tensor_names(path: tuple, shape: tuple[int, ...]) -> list[str]:
     return [name.replace("model.layers.", f"model.layers.{i}.") for i in range(shape[0])]
 
 
-def _open_all(folder: Path, files: ExitStack) -> dict:
-    """Tensor name -> the open file that holds it. Where both are there, model.safetensors counts
-    and the index is another save's, as transformers has it."""
+def _open_all(folder: Path, files: ExitStack) -> tuple[dict, dict[str, Path]]:
+    """Tensor name -> the open file that holds it, and its path. Where both are there,
+    model.safetensors counts and the index is another save's, as transformers has it."""
     index = folder / "model.safetensors.index.json"
     if index.is_file() and not (folder / "model.safetensors").is_file():
         try:
@@ -228,6 +229,7 @@ def _open_all(folder: Path, files: ExitStack) -> dict:
     else:
         names = ["model.safetensors"]
     tensors: dict = {}
+    files_of: dict[str, Path] = {}
     for name in names:
         if not (folder / name).is_file():
             raise InputError(f"model folder {folder} has no {name}{_about_pickles(folder)}")
@@ -241,7 +243,8 @@ def _open_all(folder: Path, files: ExitStack) -> dict:
         if twice := sorted(set(tensors) & set(file.keys())):
             raise InputError(f"{folder / name}: {twice[0]} is in another file as well")
         tensors.update(dict.fromkeys(file.keys(), file))
-    return tensors
+        files_of.update(dict.fromkeys(file.keys(), folder / name))
+    return tensors, files_of
 
 
 def _about_pickles(folder: Path) -> str:
@@ -283,7 +286,16 @@ def _check(folder: Path, tensors: dict, flat: list, may_be_unused: Collection[st
         )
 
 
-def _read(folder: Path, tensors: dict, path: tuple, leaf, mesh: Mesh | None) -> jax.Array:
+def _slice(file: Path, name: str, index: tuple[slice, ...]) -> np.ndarray:
+    """A part of a tensor. The file is opened for it alone: while it is open, all pages of it that
+    were read count as the process's memory."""
+    with safe_open(file, framework="numpy") as opened:
+        return opened.get_slice(name)[index]
+
+
+def _read(
+    folder: Path, tensors: dict, files_of: dict, path: tuple, leaf, mesh: Mesh | None
+) -> jax.Array:
     """A parameter; of one that is cut over devices, what those of this process hold."""
     stacked, names = path[1] == "layers", tensor_names(path, leaf.shape)
     read: dict[str, np.ndarray] = {}
@@ -298,9 +310,9 @@ def _read(folder: Path, tensors: dict, path: tuple, leaf, mesh: Mesh | None) -> 
             target = array[i] if stacked else array
             with np.errstate(over="ignore"):  # what float16 cannot hold is told below
                 if path[-1] == "kernel":
-                    target[...] = tensors[name].get_slice(name)[inner[::-1]].T
+                    target[...] = _slice(files_of[name], name, inner[::-1]).T
                 else:
-                    target[...] = tensors[name].get_slice(name)[inner]
+                    target[...] = _slice(files_of[name], name, inner)
         return read.setdefault(str(index), array)
 
     if mesh is None:

@@ -54,6 +54,7 @@ class Decoding(NamedTuple):
 
 def row_keys(seeds: jax.Array, *, group_size: int) -> jax.Array:
     """One key a row [P, G], from its prompt's seed and its place in the group alone."""
+    traced("random keys", f"rows {len(seeds)} x {group_size}")
     fold = jax.vmap(jax.random.fold_in, (None, 0))
     return jax.vmap(lambda seed: fold(jax.random.key(seed), jnp.arange(group_size)))(seeds)
 
@@ -155,6 +156,7 @@ def decode(
 
 def grown(state: Decoding, *, capacity: int) -> Decoding:
     """With room for `capacity` tokens a row."""
+    traced("room for tokens", str(capacity))
     grow = lambda x, axis: jnp.pad(  # noqa: E731
         x, [(0, capacity - x.shape[axis] if i == axis else 0) for i in range(x.ndim)]
     )
@@ -200,6 +202,7 @@ def packed(take: Callable, prefix: Prefix, keys: jax.Array, state: Decoding, pla
 
 def taken(x, places, *, axis: int, group_size: int, whole_groups: bool) -> jax.Array:
     """x [.., P, G, ..] by row [P', G'], or x [.., P, ..] by prompt [P'], as `packed` has them."""
+    traced("packing", "rows {} x {}".format(*places.shape))
     first = jnp.maximum(places[:, :1], 0)
     rows = jnp.where(places < 0, first, places).astype(jnp.uint32)
     prompts, in_group = rows // group_size, rows % group_size

@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
+from jgrpo.config import Config
+from jgrpo.errors import InputError
 from jgrpo.prompts.problems import Problem
-from jgrpo.run.session import Problems
+from jgrpo.run.session import Problems, refuse_two_at_a_time
 
 ROOT = Path(__file__).parents[2]
 TOKENIZER: Any = SimpleNamespace()
@@ -50,3 +52,11 @@ def test_a_device_that_is_not_there_is_told_before_anything_is_read(platform, tm
     assert "or JAX_PLATFORMS=cpu" in done.stderr
     assert "Traceback" not in done.stderr
     assert "nothing" not in done.stderr
+
+
+def test_sampling_and_training_never_exchange_between_devices_at_the_same_time():
+    ahead = Config(rollouts_ahead=1, rollout="jax", n_grpo_steps=3)
+    with pytest.raises(InputError, match=r"rollouts_ahead=1 with rollout=jax on 8 devices.*vllm"):
+        refuse_two_at_a_time(ahead, 8)
+    refuse_two_at_a_time(ahead, 1)
+    refuse_two_at_a_time(replace(ahead, rollout="vllm"), 8)

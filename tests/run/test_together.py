@@ -1,24 +1,15 @@
 """Several processes, one run: what they are told arrives whole, and two train what one does."""
 
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
-from tiny_run import comparable, tiny_config, write_config_file
+from processes import ended, killed_again_and_again, same, start
+from tiny_run import tiny_config, write_config_file
 
 from jgrpo.errors import InputError
 from jgrpo.policy.batch import Rows
 from jgrpo.run.hosts import join
-from jgrpo.run.rundir import read_metrics
 from jgrpo.run.together import as_arrays, as_rows, leaves, of_leaves, part, under
-
-ROOT = Path(__file__).parent.parent.parent
 
 
 def test_a_rollout_is_told_as_it_is():
@@ -89,32 +80,6 @@ def test_one_of_several_asks_jax_who_is_there(monkeypatch, env):
     assert asked == [(None, None, None)]
 
 
-def start(argv: list[str], n: int) -> list[subprocess.Popen]:
-    """The same command in n processes; one alone without the options of several."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    several = ["--coordinator_address", address, "--num_processes", str(n), "--process_id"]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return [
-        subprocess.Popen(
-            [sys.executable, "-m", "jgrpo.train", *argv, *([*several, str(i)] if n > 1 else [])],
-            env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for i in range(n)
-    ]  # fmt: skip
-
-
-def ended(processes: list[subprocess.Popen]) -> list[str]:
-    said = [process.communicate(timeout=500)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0] * len(processes), said
-    return said
-
-
-def adapter(run: Path, step: int) -> dict[str, np.ndarray]:
-    return load_file(run / "adapters" / f"step_{step:06d}" / "adapter_model.safetensors")
-
-
 @pytest.mark.slow
 def test_two_processes_train_what_one_does_and_either_number_goes_on(root, tmp_path):
     """Three steps of four updates each with one process and with two, each of which has a half of
@@ -135,14 +100,7 @@ def test_two_processes_train_what_one_does_and_either_number_goes_on(root, tmp_p
     same(*runs.values(), step=5)
 
 
-def same(one: Path, other: Path, step: int) -> None:
-    first, a, b = adapter(one, 0), adapter(one, step), adapter(other, step)
-    for key in a:
-        np.testing.assert_allclose(b[key], a[key], atol=1e-5, rtol=0, err_msg=key)
-    assert max(np.abs(a[key] - first[key]).max() for key in a) > 1e-3
-    for x, y in zip(comparable(read_metrics(one)), comparable(read_metrics(other)), strict=True):
-        assert x.keys() == y.keys()
-        if "train/accuracy" in x:
-            assert (x["step"], x["train/accuracy"]) == (y["step"], y["train/accuracy"])
-    kinds = [{path.name.split(".")[0] for path in run.iterdir()} for run in (one, other)]
-    assert kinds[0] == kinds[1]
+@pytest.mark.slow
+def test_a_run_of_two_processes_survives_a_kill_of_either(tmp_path, shared_compilation_cache):
+    """And is in the end what one process trains that nobody killed."""
+    assert len(killed_again_and_again(tmp_path, kills=2)) == 2
