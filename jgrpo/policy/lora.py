@@ -58,7 +58,15 @@ def adapted(x: jax.Array, w: jax.Array, a: jax.Array, b: jax.Array, own=None) ->
     Left to itself XLA (CPU, jaxlib 0.10) merges the products with A and B into the elementwise
     code around them, transposed, and reads the activations column by column.
     """
-    return x @ w + _kept(x @ a, own) @ b
+    return x @ w + _times_b(_kept(x @ a, own), b)
+
+
+def _times_b(h: jax.Array, b: jax.Array) -> jax.Array:
+    """h B. Of few columns by sums, which are made where they are added to x W, and not written."""
+    if len(b) > backend().lora_columns_summed:
+        return h @ b
+    of_column = lambda r: h[..., r, None].astype(jnp.float32) * b[r].astype(jnp.float32)  # noqa: E731
+    return sum(map(of_column, range(len(b))), start=jnp.float32(0)).astype(h.dtype)
 
 
 def _kept(h: jax.Array, own: jax.Array | None) -> jax.Array:
