@@ -94,7 +94,7 @@ def sent(compiled: jax.stages.Compiled) -> dict[str, list[int]]:
 
 
 def held(compiled: jax.stages.Compiled) -> int:
-    """Bytes that each device needs beside what it is given."""
+    """Bytes that each device needs beside what it is given: temporaries."""
     stats: Any = compiled.memory_analysis()
     return stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
 
@@ -164,7 +164,7 @@ def main() -> None:
     )
     jax.default_backend = lambda: "gpu"  # what jgrpo asks; JAX itself compiles for the mesh
     rows = []
-    print("| Qwen3 | data x fsdp | base | training | sampling | all-reduce, an update | gathered, "
+    print("| Qwen3 | data x fsdp | base | to train | to decode | all-reduce, an update | gathered, "
           "a micro-batch | all else |\n|---|---|---|---|---|---|---|---|")  # fmt: skip
     for model in args.models:
         for fsdp in args.fsdp:

@@ -101,6 +101,8 @@ def test_two_processes_train_what_one_does_and_either_number_goes_on(root, tmp_p
 
 
 @pytest.mark.slow
-def test_a_run_of_two_processes_survives_a_kill_of_either(tmp_path, shared_compilation_cache):
-    """And is in the end what one process trains that nobody killed."""
-    assert len(killed_again_and_again(tmp_path, kills=2)) == 2
+@pytest.mark.usefixtures("shared_compilation_cache")
+def test_a_run_of_two_processes_survives_a_kill_of_one(tmp_path):
+    """And is in the end what one process trains that nobody killed; ten kills of either: python
+    tests/processes.py. (A minute of it is what the other process takes to end.)"""
+    assert len(killed_again_and_again(tmp_path, kills=1)) == 1
