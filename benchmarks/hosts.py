@@ -108,7 +108,12 @@ class Side:
         for process in self.processes:
             process.stdin.write("\n")
             process.stdin.flush()
-        found = [json.loads(process.stdout.readline()) for process in self.processes]
+        # Gloo writes to stdout too.
+        lines = [
+            next(line for line in process.stdout if line.startswith("{"))
+            for process in self.processes
+        ]
+        found = [json.loads(line) for line in lines]
         seconds = {
             phase: [max(one[phase][k] for one in found) for k in (0, 1)]
             for phase in ("sampling", "training")
