@@ -144,10 +144,9 @@ def off_policy_gradients(learner: Learner, rows: dict, old: dict):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("turn", range(3))
-def test_off_policy_each_loss_s_gradient_among_eight_others_is_that_alone(folder, turn):
+def test_off_policy_each_loss_s_gradient_among_eight_others_is_that_alone(folder, turn=0):
     """To 1e-5, at ranks 1, 4 and 16 in turn, where ratios are far enough from 1 that clips and
-    penalties count."""
+    penalties count. (Turns 1 and 2, with the ranks changed round, take as long again each.)"""
     members, rng = range(len(MEMBERS)), np.random.default_rng(0)
     changes = [{"lora_r": (1, 4, 16)[(e + turn) % 3]} for e in members]
     rows, old, expected = {e: rows_of(e) for e in members}, {}, {}
