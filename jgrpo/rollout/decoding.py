@@ -17,7 +17,7 @@ from jax.tree_util import Partial
 
 from jgrpo.policy.attention import MASKED, attention, causal_mask
 from jgrpo.policy.backend import backend
-from jgrpo.policy.lora import own_columns, side_by_side
+from jgrpo.policy.lora import own_columns, rank_of, side_by_side
 from jgrpo.policy.model import Decoder
 from jgrpo.policy.tracing import traced
 
@@ -87,7 +87,7 @@ def merged(graph, scales, ranks, adapter, base, members) -> tuple[Decoder, jax.A
     """The model with its adapter, or those of several members, and which columns of that are each
     prompt's [P, 1, R]."""
     model = nnx.merge(graph, side_by_side(adapter, scales, ranks), base)
-    return model, own_columns(members[:, None], ranks or [1] * len(scales))
+    return model, own_columns(members[:, None], ranks or [rank_of(adapter)] * len(scales))
 
 
 def prefill(model_of, adapter, base, ids, lengths, members) -> tuple[jax.Array, Prefix]:
