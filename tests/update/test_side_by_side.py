@@ -144,7 +144,8 @@ def off_policy_gradients(learner: Learner, rows: dict, old: dict):
 
 
 @pytest.mark.slow
-def test_off_policy_each_loss_s_gradient_among_eight_others_is_that_alone(folder, turn=0):
+@pytest.mark.parametrize("turn", [0])
+def test_off_policy_each_loss_s_gradient_among_eight_others_is_that_alone(folder, turn):
     """To 1e-5, at ranks 1, 4 and 16 in turn, where ratios are far enough from 1 that clips and
     penalties count. (Turns 1 and 2, with the ranks changed round, take as long again each.)"""
     members, rng = range(len(MEMBERS)), np.random.default_rng(0)
