@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from processes import ended, killed_again_and_again, same, start
+from processes import ended, same, start
 from tiny_run import tiny_config, write_config_file
 
 from jgrpo.errors import InputError
@@ -98,11 +98,3 @@ def test_two_processes_train_what_one_does_and_either_number_goes_on(root, tmp_p
     for n, run in runs.items():
         ended(start(["--resume", str(run), "--n_grpo_steps", "5", "--fsdp", "1"], 3 - n))
     same(*runs.values(), step=5)
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("shared_compilation_cache")
-def test_a_run_of_two_processes_survives_a_kill_of_one(tmp_path):
-    """And is in the end what one process trains that nobody killed; ten kills of either: python
-    tests/processes.py. (A minute of it is what the other process takes to end.)"""
-    assert len(killed_again_and_again(tmp_path, kills=1)) == 1
