@@ -23,6 +23,7 @@ if (shared := os.environ.get("JAX_COMPILATION_CACHE_DIR")) and (
 ):  # JAX does not write it atomically: another worker would read what is half there
     os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{shared}/{worker}"
 
+from collections import Counter
 from itertools import groupby
 from pathlib import Path
 
@@ -61,10 +62,15 @@ def is_short(config) -> bool:
 
 
 def pytest_collection_modifyitems(config, items):
+    """Files whose tests are mostly long come first: no worker is left with one at the end."""
+    is_long = lambda item: any(map(item.get_closest_marker, ("slow", "vllm")))  # noqa: E731
+    long = [item for item in items if is_long(item)]
     if is_short(config):
-        long = [item for item in items if any(map(item.get_closest_marker, ("slow", "vllm")))]
-        items[:] = [item for item in items if item not in long]
+        items[:] = [item for item in items if not is_long(item)]
         config.hook.pytest_deselected(items=long)
+    else:
+        n_long, n = (Counter(item.path for item in some) for some in (long, items))
+        items.sort(key=lambda item: -n_long[item.path] / n[item.path])
 
 
 def pytest_terminal_summary(terminalreporter, config):
