@@ -251,14 +251,14 @@ def test_a_server_that_holds_another_base_is_found_out(config, url, tmp_path):
 
 
 def test_rollouts_run_ahead_through_a_server_that_is_slow(config, url, tmp_path, monkeypatch):
-    """Each reply takes two seconds more, a part of which passes while a step is trained, which
+    """Each reply takes four seconds more, a part of which passes while a step is trained, which
     takes one here. The server then holds the adapters of two steps, and each rollout is of the one
     that it should be."""
     real, n_loaded = Server.complete, []
 
     async def complete(self, client, body, policies, member):
         completions = await real(self, client, body, policies, member)
-        await asyncio.sleep(2)
+        await asyncio.sleep(4)
         n_loaded.append(sum(bool(names) for names in self.loaded.values()))
         return completions
 
@@ -356,7 +356,7 @@ def test_a_killed_server_ends_the_run_with_a_checkpoint_or_is_waited_for(
 ):
     """The last test with this server, because it kills it: first for longer than the run waits,
     then, as the run is resumed, again, and this time it comes back."""
-    config = dataclasses.replace(config, vllm_url=url, vllm_timeout_s=3.0)
+    config = dataclasses.replace(config, vllm_url=url, vllm_timeout_s=10.0)
     message = r"jgrpo\.serve[^$]*stopped after step 1; to go on: "
     with monkeypatch.context() as patch:
         kill_in_step(2, url, patch)

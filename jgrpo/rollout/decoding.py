@@ -87,6 +87,8 @@ def merged(graph, scales, ranks, adapter, base, members) -> tuple[Decoder, jax.A
     """The model with its adapter, or those of several members, and which columns of that are each
     prompt's [P, 1, R]."""
     model = nnx.merge(graph, side_by_side(adapter, scales, ranks), base)
+    if len(scales) == 1:  # perhaps without an adapter
+        return model, None
     return model, own_columns(members[:, None], ranks or [rank_of(adapter)] * len(scales))
 
 
