@@ -65,8 +65,7 @@ def main() -> None:
         tempfile.TemporaryDirectory() as folder,
         vllm_server(
             Path(config.model_id), Path(folder) / "log", max_tokens=config.max_tokens,
-            max_prompt_tokens=config.max_prompt_tokens,
-            extra=("--max-loras", str(n), "--max-cpu-loras", str(2 * n)),
+            max_prompt_tokens=config.max_prompt_tokens, max_loras=n,
         ) as url,
     ):  # fmt: skip
         folders = [Path(folder) / f"member_{e}" for e in range(n)]

@@ -8,27 +8,22 @@ each: the mean gap in nats, its 99.9 % quantile and the largest, of so many toke
 """
 
 import json
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import tyro
+from sampler import TINY_BASE, vllm_server
 
-import jgrpo
 from jgrpo.cli import tune_allocator
 from jgrpo.config import Config
 from jgrpo.policy import model_config
 from jgrpo.policy.adapter import AdapterConfig, save
 from jgrpo.rollout.vllm import VllmSampler
 from jgrpo.run.policy import open_policies
-from jgrpo.run.probe import _logprobs, _probe_adapter
+from jgrpo.run.probe import _probe_adapter, gaps_of
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from vllm_server import vllm_server
-
-TINY_BASE = Path(jgrpo.__file__).with_name("tiny") / "base"
 SIDES = [("float32", ""), ("bfloat16", ""), ("bfloat16", "float32"), ("float16", ""),
          ("float16", "float32")]  # fmt: skip
 GROUP = 8
@@ -60,9 +55,10 @@ def gap(args: Args, dtype: str, head_dtype: str, folder: Path) -> dict:
     probe = _probe_adapter(policy, 0, prompts[:4], config)
     shape = AdapterConfig(config.lora_r, config.lora_alpha, config.lora_target_modules)
     save(probe, folder / "adapter", shape, config.model_id)
-    override = ["--hf-overrides", json.dumps({"head_dtype": head_dtype})] if head_dtype else []
     fields = {"max_tokens": args.tokens, "max_prompt_tokens": args.prompt_tokens}
-    with vllm_server(args.model, folder / "log", extra=override, dtype=dtype, **fields) as url:
+    with vllm_server(
+        args.model, folder / "log", head_dtype=head_dtype, dtype=dtype, **fields
+    ) as url:
         sampler = VllmSampler(
             [url], run_id="gap", max_tokens=args.tokens, max_model_len=config.max_model_len,
             vocab_size=n_ids, stop_token_ids=[], timeout_s=600, start_command="",
@@ -71,9 +67,7 @@ def gap(args: Args, dtype: str, head_dtype: str, folder: Path) -> dict:
         groups = sampler.sample(prompts, seeds=range(len(prompts)), group_size=GROUP)
     found = []
     for prompt, group in zip(prompts, groups, strict=True):
-        reported = np.concatenate([c.logprobs for c in group])
-        tokens = [c.token_ids for c in group]
-        found.append(reported - _logprobs(policy, 0, probe, [prompt] * GROUP, tokens, 1.0))
+        found.append(gaps_of(policy, 0, probe, [prompt] * GROUP, group, 1.0))
     gaps = np.abs(np.concatenate(found))
     return {
         "dtype": dtype, "head": head_dtype or dtype, "tokens": len(gaps),

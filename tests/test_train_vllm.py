@@ -118,7 +118,7 @@ def served(config: Config, log: Path, url: str = ""):
     """With room for three members of ranks up to 4."""
     return vllm_server(
         Path(config.model_id), log, url=url, lora_r=4, max_tokens=config.max_tokens,
-        max_prompt_tokens=config.max_prompt_tokens, extra=["--max-loras=3", "--max-cpu-loras=6"],
+        max_prompt_tokens=config.max_prompt_tokens, max_loras=3,
     )  # fmt: skip
 
 

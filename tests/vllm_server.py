@@ -34,13 +34,16 @@ def vllm_server(
     extra: Sequence[str] = (),
     timeout_s: float = 300,
     url: str = "",
+    max_loras: int = 1,
+    head_dtype: str = "",
     **fields: Any,
 ) -> Iterator[str]:
     """Yield the URL of a server for the model folder; stop it and its children afterwards.
 
     `fields` are those of Config (lora_r=4, max_tokens=64, ...), dtype is float32 unless given;
-    `extra` goes to vLLM; `url`, if given, is that of a server that was there before. Raises
-    RuntimeError with the end of the log if it does not come up.
+    `max_loras` and `head_dtype` are those of serve; `extra` goes to vLLM; `url`, if given, is that
+    of a server that was there before. Raises RuntimeError with the end of the log if it does not
+    come up.
     """
     url = url or f"http://127.0.0.1:{_free_port()}"
     config = Config(**{"model_id": str(model), "dtype": "float32", "vllm_url": url, **fields})
@@ -48,7 +51,7 @@ def vllm_server(
     inherited = {**SMALL, **os.environ}
     with log_file.open("w") as log:
         server = subprocess.Popen(
-            [*command(config, cpu=cpu), *extra],
+            [*command(config, cpu=cpu, max_loras=max_loras, head_dtype=head_dtype), *extra],
             env={**inherited, **environment(inherited, cpu=cpu)},
             stdout=log,
             stderr=subprocess.STDOUT,
