@@ -195,7 +195,7 @@ def test_a_config_file_changes_what_it_says_of_rank1_and_nothing_else(name):
 
 def test_every_config_file_is_in_the_table_and_loads():
     files = {file.stem: load_config(file) for file in CONFIGS.glob("*.py")}
-    assert files.keys() == CHANGES.keys() | {"rank1", "tiny", "tiny_long"}
+    assert files.keys() == CHANGES.keys() | {"rank1", "tiny", "tiny_long", "smollm2"}
     assert all(isinstance(config, Config) for config in files.values())
 
 
