@@ -175,7 +175,7 @@ class Ours:
         total, _ = update._sum(learner.adapters, base, batches, old, ref)
         gradient = jax.tree.map(lambda g: g[0] / part.denominator, total.gradient)
         state = learner.adapters, learner.opt_states
-        *_, metrics = update._apply(*state, total, given, learner.rates)
+        *_, metrics = update.programs.apply(*state, total, given, learner.rates)
         loss, norm = (float(metrics[f"train/{name}"][0]) for name in ("loss", "grad_norm"))
         return loss, norm, adapters.adapter_arrays(gradient)
 

@@ -76,10 +76,10 @@ def compile_all(cache: str, n_rollouts: int) -> dict[str, tuple[int, float]]:
     for batch in found.values():
         learner.update.compiled(learner.adapters, base, batch)
         ((stack, _),) = dealt([batch], emptied, learner.mesh.size, STACK)
-        learner.update._new_tape.lower(learner.adapters, base, stack).compile()
-    learner.update._apply.lower(
+        learner.update.programs.new_tape.lower(learner.adapters, base, stack).compile()
+    learner.update.programs.apply.lower(
         learner.adapters, learner.opt_states,
-        learner.update._zeros.eval_shape(learner.adapters), np.ones(1), learner.rates,
+        learner.update.programs.zeros.eval_shape(learner.adapters), np.ones(1), learner.rates,
     ).compile()  # fmt: skip
     training = since(start)
     sampler = JaxSampler(

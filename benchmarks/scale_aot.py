@@ -108,16 +108,17 @@ def decode_program(graph, adapters, base, mesh, config: Config, vocab: int) -> j
     )  # fmt: skip
     int32, uint32 = (lambda *s, d=d: jax.ShapeDtypeStruct(s, d) for d in (jnp.int32, jnp.uint32))
     asked = int32(n, c.max_prompt_tokens), int32(n), uint32(n)
-    keys = jax.eval_shape(lambda s: sampler._keys(s, group_size=c.group_size), uint32(n))
-    logits, prefix = jax.eval_shape(sampler._prefill, adapters, base, *asked)
+    keys = jax.eval_shape(lambda s: sampler.programs.keys(s, group_size=c.group_size), uint32(n))
+    logits, prefix = jax.eval_shape(sampler.programs.prefill, adapters, base, *asked)
     real = jax.ShapeDtypeStruct((n,), jnp.bool_)
-    first = lambda *x: sampler._grown(  # noqa: E731
-        sampler._first(*x, 1.0, None, group_size=c.group_size, greedy=False), capacity=c.max_tokens
+    first = lambda *x: sampler.programs.grown(  # noqa: E731
+        sampler.programs.first(*x, 1.0, None, group_size=c.group_size, greedy=False),
+        capacity=c.max_tokens,
     )
     state = jax.eval_shape(first, logits, prefix, keys, real)
     options = {"capacity": c.max_tokens, "greedy": False}
     given = adapters, base, prefix, keys, 1.0, None, 0, 1, state
-    return sampler._decode.lower(*given, **options).compile()
+    return sampler.programs.decode.lower(*given, **options).compile()
 
 
 def measure(model: str, fsdp: int, devices, args: Args) -> dict[str, Any]:
@@ -137,9 +138,9 @@ def measure(model: str, fsdp: int, devices, args: Args) -> dict[str, Any]:
     update = update_of([config], graph, adapters, base, mesh=mesh)
     batch = largest_micro_batch(config, [config.max_prompt_tokens] * config.n_prompts_per_step)
     trained = update.compiled(adapters, base, batch)
-    total, state = update._zeros.eval_shape(adapters), jax.eval_shape(update.init, adapters)
+    total, state = update.programs.zeros.eval_shape(adapters), jax.eval_shape(update.init, adapters)
     rates = np.ones((1, 1), np.float32)
-    applied = update._apply.lower(adapters, state, total, np.ones(1), rates).compile()
+    applied = update.programs.apply.lower(adapters, state, total, np.ones(1), rates).compile()
     sampled = decode_program(graph, adapters, base, mesh, config, shape.vocab_size)
     base_bytes = sum(
         2 * prod(lies(mesh, path, x.shape).shard_shape(x.shape))

@@ -127,12 +127,12 @@ def adapters_of(learner: Learner) -> dict[str, np.ndarray]:
 
 def sent_in_programs(learner: Learner, rows: Rows) -> dict[str, list[tuple[str, int]]]:
     update, adapters = learner.update, learner.adapters
-    total = update._zeros.eval_shape(adapters)
+    total = update.programs.zeros.eval_shape(adapters)
     given = adapters, learner.opt_states, total, np.ones(1), learner.rates
     batch = batches_of(learner.configs[0], rows, np.arange(4))[0]
     return {
         "micro-batch": sent(update.compiled(adapters, learner.base, batch)),
-        "update": sent(update._apply.lower(*given).compile()),
+        "update": sent(update.programs.apply.lower(*given).compile()),
     }
 
 

@@ -12,9 +12,9 @@ where the base is cut a layer's kernels at each token.
 
 import copy
 from collections.abc import Sequence
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 
 from jgrpo.errors import RunError
 from jgrpo.policy import adapter as adapters
+from jgrpo.policy.backend import Backend, backend
 from jgrpo.policy.batch import bucket
 from jgrpo.policy.mesh import (
     fetched,
@@ -101,29 +102,10 @@ class JaxSampler:
         self.adapter, self.base = adapter, placed(mesh, base, "base")
         self.max_tokens, self.max_rows = max_tokens, max_rows
         self.is_closed = False
-        stops = tuple(stop_token_ids)
-
-        def model_of(adapter, base, members):
-            whole = gathered_when_read(mesh, base)
-            return merged(graph, scales, ranks, adapter, whole, members)
-
-        def on(function, given: str, gives: Any, static: str, **options) -> Any:
-            return on_each(mesh, function, of(given), gives, static=static.split(), **options)
-
-        def of(where: str) -> list[Any]:
-            return [STATE if w == "state" else w for w in where.split()]
-
-        self._keys = on(row_keys, "each", "each", "group_size")
-        self._prefill = on(partial(prefill, model_of), "all base each each each", "each", "")
-        self._first = on(
-            partial(first_tokens, stops), "each each each each all all", STATE, "group_size greedy"
-        )
-        self._decode = on(
-            partial(decode, model_of, stops, partial(largest, mesh)),
-            "all base each each all all all all state", STATE, "capacity greedy", donated=[8],
+        self.programs = _programs(
+            graph, tuple(scales), tuple(ranks) if ranks else None, tuple(stop_token_ids), mesh,
+            backend(),
         )  # fmt: skip
-        self._grown = on(grown, "state", STATE, "capacity")
-        self._take = on(taken, "each each", "each", "axis group_size whole_groups")
 
     def load(self, *folders: Path) -> None:
         """Sample from the adapters in these PEFT folders from now on."""
@@ -177,9 +159,9 @@ class JaxSampler:
         greedy, temperature = temperature == 0, temperature or 1.0
         top_p = top_p if top_p < 1 else None  # without it, nothing is sorted
         policy = placed(self.mesh, self.adapter, "all"), self.base
-        keys = self._keys(seeds, group_size=group_size)
-        logits, prefix = self._prefill(*policy, *asked)
-        state = self._first(
+        keys = self.programs.keys(seeds, group_size=group_size)
+        logits, prefix = self.programs.prefill(*policy, *asked)
+        state = self.programs.first(
             logits, prefix, keys, real, temperature, top_p, group_size=group_size, greedy=greedy
         )
         # Packed groups are smaller, for which the rows that left must have made room.
@@ -189,12 +171,12 @@ class JaxSampler:
         sizes = [m // pair for m in halves if m >= FEWEST_ROWS]  # in groups
         book = _Book(n, order, group_size, progress)
         capacity = min(FIRST_STAGE, max_tokens)
-        state = self._grown(state, capacity=capacity)
+        state = self.programs.grown(state, capacity=capacity)
         while True:
             if self.is_closed:
                 raise RunError("the sampler was closed before all was sampled")
             smaller = max((m for m in sizes if m * pair < book.rows.shape[1]), default=0)
-            state = self._decode(
+            state = self.programs.decode(
                 *policy, prefix, keys, temperature, top_p, smaller, pair, state,
                 capacity=capacity, greedy=greedy,
             )  # fmt: skip
@@ -204,10 +186,56 @@ class JaxSampler:
             if most <= smaller:
                 places = book.pack(groups, min(m for m in sizes if m >= most), pair, state)
                 handed = handed_out(self.mesh, (places, places < 0))
-                prefix, keys, state = packed(self._take, prefix, keys, state, *handed)
+                prefix, keys, state = packed(self.programs.take, prefix, keys, state, *handed)
             if t == capacity:
                 capacity = min(2 * capacity, max_tokens)
-                state = self._grown(state, capacity=capacity)
+                state = self.programs.grown(state, capacity=capacity)
+
+
+class Programs(NamedTuple):
+    """`decoding`'s, compiled."""
+
+    keys: Any
+    prefill: Any
+    first: Any
+    decode: Any
+    grown: Any
+    take: Any
+
+
+@lru_cache(maxsize=8)
+def _programs(
+    graph: nnx.GraphDef,
+    scales: tuple[float, ...],
+    ranks: tuple[int, ...] | None,
+    stops: tuple[int, ...],
+    mesh: Mesh,
+    backend: Backend,
+) -> Programs:
+    """The same for the same arguments: samplers of one process that ask for the same compile once.
+    The last few are kept; `backend` is what the programs are traced for."""
+
+    def model_of(adapter, base, members):
+        whole = gathered_when_read(mesh, base)
+        return merged(graph, scales, ranks, adapter, whole, members)
+
+    def on(function, given: str, gives: Any, static: str, **options) -> Any:
+        where = [STATE if w == "state" else w for w in given.split()]
+        return on_each(mesh, function, where, gives, static=static.split(), **options)
+
+    return Programs(
+        keys=on(row_keys, "each", "each", "group_size"),
+        prefill=on(partial(prefill, model_of), "all base each each each", "each", ""),
+        first=on(
+            partial(first_tokens, stops), "each each each each all all", STATE, "group_size greedy"
+        ),
+        decode=on(
+            partial(decode, model_of, stops, partial(largest, mesh)),
+            "all base each each all all all all state", STATE, "capacity greedy", donated=[8],
+        ),
+        grown=on(grown, "state", STATE, "capacity"),
+        take=on(taken, "each each", "each", "axis group_size whole_groups"),
+    )  # fmt: skip
 
 
 class _Book:

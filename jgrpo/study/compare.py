@@ -29,7 +29,8 @@ from jgrpo.run.policy import Policy
 from jgrpo.run.rundir import existing_adapter
 from jgrpo.run.scoring import Scorers
 from jgrpo.update.learner import batches_of, loss_of, needs_ref, ref_adapter
-from jgrpo.update.step import Loss, loss_denominator
+from jgrpo.update.programs import Loss
+from jgrpo.update.step import loss_denominator
 
 Line = Mapping[str, Any]
 FIELDS = {"token_ids", "sampler_logprobs", "advantage", "finish_reason", "reward_parts"}

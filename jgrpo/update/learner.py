@@ -26,7 +26,8 @@ from jgrpo.policy.batch import MicroBatch, Rows, completion_mask, micro_batches,
 from jgrpo.policy.lora import nth, stacked_up, switched_off, with_rank
 from jgrpo.policy.mesh import here, make_mesh, placed
 from jgrpo.update.optimizer import adam, learning_rate
-from jgrpo.update.step import Arrays, Loss, Objective, Tree, Update, loss_denominator
+from jgrpo.update.programs import Loss, Objective, Tree
+from jgrpo.update.step import Arrays, Update, loss_denominator
 
 SKIPPED = "train/skipped_updates"
 

@@ -1,6 +1,7 @@
 """The optimizer, Adam with the gradient's norm clipped at 1, and its learning rate."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import jax
@@ -26,9 +27,11 @@ def learning_rate(kind: str, lr: float, n_updates: int, warmup_steps: int = 0) -
     return optax.join_schedules([rise, after[kind]], [warmup_steps])
 
 
+@cache
 def adam(lr: Schedule | float | None = None) -> optax.GradientTransformationExtraArgs:
     """Adam without weight decay, the global gradient norm clipped at 1 (the study's optimizer).
-    Without `lr`, update(..., lr=) gives it each time."""
+    Without `lr`, update(..., lr=) gives it each time. The same object for
+    the same `lr` (`programs.shared`)."""
     clip = optax.clip_by_global_norm(1.0)
     shrunk = lambda g: jax.tree.map(lambda x: x * shrinking(g), g)  # noqa: E731
     small_enough = optax.stateless(lambda g, _: clip.update(shrunk(g), optax.EmptyState())[0])

@@ -96,7 +96,7 @@ class AllOnes:
     n_compilations = 0
 
     def __init__(self, update):
-        self.optimizer = update.optimizer
+        self.optimizer = update.programs.optimizer
 
     def __call__(self, adapter, state, base, batches, denominators, rates, old, ref):
         assert ref is None

@@ -59,8 +59,8 @@ def update_text(parts, attention: str) -> str:
     graph, adapter, base = parts
     update = Update(graph, LOSSES["grpo"], adam(0.01), attn_implementation=attention)
     ((stack, n),) = dealt([make_batch()], emptied, 1, STACK)
-    total = update._zeros(adapter)
-    return lowered(update._accumulate, total, None, adapter, base, stack, n, None, None)
+    total = update.programs.zeros(adapter)
+    return lowered(update.programs.accumulate, total, None, adapter, base, stack, n, None, None)
 
 
 def sampler_texts(parts) -> list[str]:
@@ -68,17 +68,27 @@ def sampler_texts(parts) -> list[str]:
     sampler = JaxSampler(*parts, stop_token_ids=[1], max_tokens=64, max_rows=8)
     given = sampler.adapter, sampler.base
     asked = np.zeros((2, 16), np.int32), np.full(2, 16, np.int32), np.zeros(2, np.uint32)
-    logits, prefix = jax.eval_shape(sampler._prefill, *given, *asked)
+    logits, prefix = jax.eval_shape(sampler.programs.prefill, *given, *asked)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), (2, 4)))
     state = jax.eval_shape(
-        lambda *x: sampler._first(*x, 1.0, None, group_size=4, greedy=False),
+        lambda *x: sampler.programs.first(*x, 1.0, None, group_size=4, greedy=False),
         logits, prefix, keys, np.ones(2, bool),
     )  # fmt: skip
     state = jax.eval_shape(partial(grown, capacity=64), state)
     decode = lowered(
-        sampler._decode, *given, prefix, keys, 1.0, None, 0, 1, state, capacity=64, greedy=False
+        sampler.programs.decode,
+        *given,
+        prefix,
+        keys,
+        1.0,
+        None,
+        0,
+        1,
+        state,
+        capacity=64,
+        greedy=False,
     )
-    return [lowered(sampler._prefill, *given, *asked), decode]
+    return [lowered(sampler.programs.prefill, *given, *asked), decode]
 
 
 def arrays(text: str) -> list[tuple[tuple[int, ...], str]]:

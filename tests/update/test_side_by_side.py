@@ -140,7 +140,7 @@ def off_policy_gradients(learner: Learner, rows: dict, old: dict):
     total, _ = learner.update._sum(
         learner.adapters, learner.base, batches, known.of(batches), refs.of(batches)
     )
-    return learner.update._added_up(total).gradient
+    return learner.update.programs.of_all_devices(total).gradient
 
 
 @pytest.mark.slow
@@ -216,7 +216,7 @@ def test_of_a_smaller_rank_only_its_own_columns_are_computed(folder):
     """Ranks 1, 16 and 4 are one of rank 21; each token keeps those of its member."""
     members, ranks = (0, 2, 1), (1, 16, 4)
     company = together(folder, members)
-    both = side_by_side(company.adapters, company.update.scales, ranks)
+    both = side_by_side(company.adapters, company.update.programs.scales, ranks)
     assert {leaf.shape[-1] for leaf in jax.tree.leaves(both)[::2]} == {21}
     own = np.asarray(own_columns(jnp.array([0, 1, 2], jnp.uint32), ranks))
     assert own.sum(axis=1).tolist() == [1, 16, 4]
