@@ -22,6 +22,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
+from test_begin import write_start
 from tiny_run import (
     arrays_of,
     peft_logprobs,
@@ -42,6 +43,7 @@ from jgrpo.errors import RunError
 from jgrpo.rollout.server import Server
 from jgrpo.rollout.vllm import VllmSampler
 from jgrpo.run.checkpoint import Checkpoints
+from jgrpo.run.policy import begun
 from jgrpo.run.rundir import read_metrics
 from jgrpo.train import train, train_together
 from jgrpo.update import Learner
@@ -245,6 +247,19 @@ def test_a_server_that_holds_another_base_is_found_out(config, url, tmp_path):
     other = dataclasses.replace(config, vllm_url=url, model_id=str(folder))
     with pytest.raises(RunError, match="sampler"):
         train(other)
+
+
+def test_a_run_that_begins_from_an_adapter_of_peft_s_samples_from_it(config, url, tmp_path):
+    base = Path(config.model_id)
+    start = write_start(base, tmp_path / "start")
+    changes = {"adapter": str(start), "use_kl_penalty": True, "beta": 0.04, "kl_to": "start"}
+    run = train(begun(dataclasses.replace(config, vllm_url=url, n_grpo_steps=2, **changes)))
+    rows = read_lines(run / "rollouts" / "step_000001.jsonl")[:12]
+    reported = np.concatenate([row["sampler_logprobs"] for row in rows])
+    other = write_start(base, tmp_path / "other", seed=1)
+    gaps = [np.abs(reported - peft_logprobs(base, x, rows, 1.0)).max() for x in (start, other)]
+    assert gaps[0] < 1e-4 < 1e-2 < gaps[1]
+    assert all(0 < row["sampler/logprob_diff_max"] < 1e-3 for row in steps_of(run))
 
 
 # -- rollouts that run ahead -------------------------------------------------------------------
