@@ -292,6 +292,7 @@ def test_groups_repeat_the_same_variants_so_that_they_share_programs(
     assert len({tuple(j.variant for j in group) for group in groups}) == n_kinds
 
 
+@pytest.mark.slow
 def test_as_many_as_fit_by_the_dry_run_s_figure_are_side_by_side(root, monkeypatch, capsys):
     base = command(root).options
     configs = [dataclasses.replace(base, seed=seed) for seed in range(4)]

@@ -91,6 +91,7 @@ def test_the_first_adapter_is_the_one_begun_from(run, root):
     assert read_config(run)["inputs"].keys() == {"model", "problems", "adapter"}
 
 
+@pytest.mark.slow
 def test_the_first_completions_are_sampled_from_it(run, root):
     rows = rollouts(run, 1)[:8]
     reported = np.concatenate([row["sampler_logprobs"] for row in rows])
@@ -161,6 +162,7 @@ def test_rank_stabilised_scaling_is_kept(root, tmp_path):
     assert config.lora_alpha / config.lora_r == 8 / 4**0.5  # PEFT: alpha / sqrt(r)
 
 
+@pytest.mark.slow
 def test_a_run_folder_is_its_last_adapter(run):
     config = begun(Config(adapter=str(run)))
     assert config.adapter == str(run / "adapters" / "step_000004")
@@ -229,6 +231,7 @@ def k3_of_the_step(run: Path, step: int, other: Path) -> float:
     return float(np.mean([x.mean() for x in k3]))
 
 
+@pytest.mark.slow
 def test_the_penalty_is_the_kl_to_the_adapter_begun_from(run):
     """With one update a rollout the ratio is 1, so that loss = mean of (beta k3 - A)."""
     start, last = (run / "adapters" / f"step_{k:06d}" for k in (0, 2))

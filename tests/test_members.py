@@ -77,6 +77,7 @@ def test_each_has_the_folder_of_a_lone_run_and_the_same_results(runs):
     assert (shape["r"], shape["lora_alpha"]) == (4, 32)
 
 
+@pytest.mark.slow
 def test_the_trainer_s_logprobs_are_kept_with_the_completions(runs):
     lines = (runs[0][1] / "rollouts/step_000002.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]

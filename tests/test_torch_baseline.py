@@ -307,6 +307,7 @@ def test_two_epochs_of_two_updates_end_at_the_same_adapter(both, several):
     assert relative_error(moved, expected) < 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change", [{"updates_per_epoch": 4, "epochs_per_step": 1}, {"epochs_per_step": 1}, {"lr": 0.02}]
 )

@@ -105,22 +105,27 @@ class _Worker:
                 return None
         return self.process.stdout.readline().decode().strip()
 
+    def _await_start(self) -> None:
+        if self._ready:
+            return
+        line = self._read_line(START_LIMIT_S)
+        if line != "ready":
+            raise RunError(
+                f"the grader's worker did not start ({line or 'no answer'}); try: "
+                f"{sys.executable} -c 'import math_verify', and check the free memory"
+            )
+        self._ready = True
+
     def check(self, pair: Pair) -> Outcome:
         """Check one pair. The limit runs from when a ready worker is given the pair.
 
         Raises RunError if the worker cannot start.
         """
-        if self._ready and self.process.poll() is not None:  # killed between two checks
+        self._await_start()
+        if self.process.poll() is not None:  # killed between two checks
             self.stop()
             self._start()
-        if not self._ready:
-            line = self._read_line(START_LIMIT_S)
-            if line != "ready":
-                raise RunError(
-                    f"the grader's worker did not start ({line or 'no answer'}); try: "
-                    f"{sys.executable} -c 'import math_verify', and check the free memory"
-                )
-            self._ready = True
+            self._await_start()
         assert self.process.stdin is not None
         try:
             self.process.stdin.write(json.dumps(pair).encode() + b"\n")

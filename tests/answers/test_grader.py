@@ -106,6 +106,7 @@ def test_equal_pairs_are_checked_once(grader, monkeypatch):
     assert checked == [ROOT]
 
 
+@pytest.mark.slow
 def test_hostile_answers_are_wrong_and_hurt_no_worker(grader):
     golds = ["x^2+y", "5", r"\frac{\sqrt3}{2}"]
     pids = [worker.process.pid for worker in grader._workers]
@@ -171,6 +172,7 @@ def test_workers_have_neither_jax_nor_the_trainer(grader):
     assert "jaxlib" not in maps.read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("as_module", [False, True])
 def test_a_main_without_a_guard_runs_once(tmp_path, as_module):
     # multiprocessing's spawn and forkserver would run this file again in each worker.

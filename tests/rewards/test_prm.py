@@ -482,6 +482,7 @@ def test_the_shipped_model_puts_care_above_haste_on_held_out_problems(shipped):
     assert care.mean() > haste.mean() + 0.6
 
 
+@pytest.mark.slow
 def test_the_shipped_model_knows_right_steps_from_wrong_ones(shipped):
     _, held_out = tiny.problem_sets(tiny.N_TRAIN, tiny.N_EVAL, seed=0)
     some = dict(list(held_out.items())[:60])

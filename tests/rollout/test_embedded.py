@@ -81,6 +81,7 @@ def torch_greedy(model, prompt, n_tokens) -> list[int]:
     return ids[0, len(prompt) :].tolist()
 
 
+@pytest.mark.slow
 def test_greedy_equals_transformers_generate(parts, torch_policy):
     # 70 tokens go through every stage of the cache (16, 32, 64, 70); prompts of 1, 3 and 7 tokens
     # are padded to one width.

@@ -86,7 +86,8 @@ def sampled_by_hand(session, sampler, folder: Path, step: int) -> list[list]:
             zip(rows.prompts, rows.completions, rows.sampler_logprobs, strict=True)]  # fmt: skip
 
 
-@pytest.mark.parametrize("n_ahead", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (0, 2))])
+@pytest.mark.slow
+@pytest.mark.parametrize("n_ahead", [0, 1, 2])
 def test_step_k_is_sampled_with_adapter_k_1_K_and_its_rows_say_so(n_ahead, runs, session, sampler):
     run = runs(n_ahead)
     for step in range(1, STEPS + 1):
@@ -118,6 +119,7 @@ def test_the_gap_is_to_the_adapter_that_sampled_and_the_way_since_has_a_name_of_
                    for tag in ("staleness/kl", "train/importance_weight"))  # fmt: skip
 
 
+@pytest.mark.slow
 def test_evaluations_are_of_the_newest_adapter(runs, session, sampler):
     for row in read_metrics(runs(1)):
         if "eval/accuracy" in row:
@@ -126,11 +128,11 @@ def test_evaluations_are_of_the_newest_adapter(runs, session, sampler):
             assert {tag: row[tag] for tag in found} == found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("n_ahead", "stop_at"),
-    [(1, 2), *(pytest.param(*case, marks=pytest.mark.slow)
-               for case in ((1, 1), (1, 4), (2, 1), (2, 3)))],
-)  # fmt: skip
+    [(1, 1), (1, 2), (1, 4), (2, 1), (2, 3)],
+)
 def test_stopped_at_any_step_and_resumed_it_is_the_same_run_to_the_bit(
     n_ahead, stop_at, runs, root, monkeypatch
 ):
@@ -157,6 +159,7 @@ def test_stopped_at_any_step_and_resumed_it_is_the_same_run_to_the_bit(
         assert rollouts_file(run, step).read_bytes() == rollouts_file(whole, step).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_run_whose_older_adapters_are_gone_is_not_resumed_with_others(root, runs, tmp_path):
     config = config_of(root, 1)
     run = shutil.copytree(runs(1), tmp_path / "run")
@@ -165,6 +168,7 @@ def test_a_run_whose_older_adapters_are_gone_is_not_resumed_with_others(root, ru
         train(replace(config, n_grpo_steps=STEPS + 1), resume=run)
 
 
+@pytest.mark.slow
 def test_the_guard_knows_the_adapter_that_sampled_from_a_newer_and_an_older_one(
     runs, session, root
 ):
@@ -181,6 +185,7 @@ def test_the_guard_knows_the_adapter_that_sampled_from_a_newer_and_an_older_one(
         assert min(gap(step - 3), gap(step - 1)) > 1e-3
 
 
+@pytest.mark.slow
 def test_the_guard_is_sure_on_some_of_the_tokens(runs, session, monkeypatch):
     """The first completions that have so many tokens, one at least."""
     lines = read_rollouts(rollouts_file(runs(1), 4), session.shared.group_size)
@@ -203,6 +208,7 @@ def test_the_guard_is_sure_on_some_of_the_tokens(runs, session, monkeypatch):
         assert n == min(32, int((lengths < tokens).sum()) + 1)
 
 
+@pytest.mark.slow
 def test_a_sampler_that_is_a_step_behind_ends_the_run(root, monkeypatch):
     """It has the adapter before the one that it was given."""
     real, given = JaxSampler.load, []
@@ -217,6 +223,7 @@ def test_a_sampler_that_is_a_step_behind_ends_the_run(root, monkeypatch):
         train(config_of(root, 1, eval_every=0))
 
 
+@pytest.mark.slow
 def test_an_error_in_sampling_ahead_ends_the_run_where_it_is_needed_and_loses_nothing(
     root, runs, monkeypatch
 ):
@@ -257,6 +264,7 @@ def test_members_run_ahead_together_as_they_do_alone(root, runs):
         train_together([configs[0], config_of(root, 0)])
 
 
+@pytest.mark.slow
 def test_a_step_is_replayed_with_the_adapter_that_sampled_it(runs):
     for tag, (logged, now) in replay(runs(1), 4).items():
         assert logged == now, tag

@@ -39,6 +39,7 @@ def near_each_other(policy: Policy, size: float):
     return jax.tree.map_with_path(one, policy.adapter)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_two_that_are_mixed_up_are_named_and_others_are_not(root, dtype):
     """In float32 at gaps far below the guard's limit of 1e-3."""
@@ -64,6 +65,7 @@ def test_two_that_are_mixed_up_are_named_and_others_are_not(root, dtype):
         check(0, 0, 2)
 
 
+@pytest.mark.slow
 def test_two_that_are_the_same_cannot_be_mixed_up(root):
     configs = [tiny_config(root)] * 2
     policy, problems = open_policies(configs), open_problems(configs[0])

@@ -51,6 +51,7 @@ def test_slope_and_error_are_those_of_the_closed_form(monkeypatch):
     assert slope.error == pytest.approx(max(errors), rel=1e-9)
 
 
+@pytest.mark.slow
 def test_its_intervals_hold_the_truth_as_often_as_they_say():
     rng, inside = np.random.default_rng(1), 0
     for _ in range(1000):

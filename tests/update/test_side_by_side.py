@@ -109,6 +109,7 @@ def test_in_company_each_member_learns_what_it_learns_alone(folder):
         np.testing.assert_allclose(company.logprobs[e], lone.logprobs[0], atol=2e-5)
 
 
+@pytest.mark.slow
 def test_gradients_in_company_are_those_alone(folder):
     """To 1e-5, for three losses of ranks 1, 4 and 16, in the same micro-batches; what fills up a
     smaller rank has a gradient of zero."""
