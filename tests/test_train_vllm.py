@@ -22,6 +22,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
+from processes import ended, start
 from test_begin import write_start
 from tiny_run import (
     arrays_of,
@@ -30,6 +31,7 @@ from tiny_run import (
     same_bits,
     tiny_config,
     write_base,
+    write_config_file,
     write_prm,
     write_problems,
 )
@@ -410,16 +412,20 @@ def test_a_server_of_two_that_is_killed_in_mid_step_costs_the_run_nothing(
     config, run, monkeypatch, tmp_path
 ):
     """`serve --devices` starts both, prints the trainer's option, and starts the killed one again;
-    meanwhile the other one takes over."""
+    meanwhile the other one takes over. Before that, both serve a run of two processes."""
     log = tmp_path / "fleet.log"
     with fleet_server(config, log) as urls:
+        two = dataclasses.replace(config, vllm_url=",".join(urls), run_dir=str(tmp_path / "two"))
+        ended(start(["--config", str(write_config_file(tmp_path / "two.py", two))], 2))
+        assert [adapters_on(url) for url in urls] == [[], []]
         killed = kill_in_step(2, urls[1], monkeypatch)
         options = {"vllm_url": ",".join(urls), "vllm_move_s": 5.0, "vllm_timeout_s": 300.0}
         both = train(dataclasses.replace(config, **options))
         assert killed.is_set()
         assert adapters_on(urls[0]) == []
-    check_files(both, STEPS)
-    assert all(row["sampler/logprob_diff_max"] < 1e-3 for row in steps_of(both))
+    for folder in (both, Path(two.run_dir)):
+        check_files(folder, STEPS)
+        assert all(0 < row["sampler/logprob_diff_max"] < 1e-3 for row in steps_of(folder))
     for name in (f"step_{step:06d}.jsonl" for step in range(1, STEPS + 1)):
         rows = [read_lines(folder / "rollouts" / name) for folder in (run, both)]
         assert [row["prompt"] for row in rows[0]] == [row["prompt"] for row in rows[1]]
