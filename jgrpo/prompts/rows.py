@@ -3,6 +3,8 @@
 A source is a dict of named splits; a single file is one split called `train`. Rows chosen for
 evaluation are never rows chosen for training: where the user's own choices overlap, that is an
 error; where the choice is ours, evaluation goes first.
+
+`datasets` and pyarrow are imported where they are needed: a file of JSON needs neither.
 """
 
 import json
@@ -11,10 +13,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import datasets
-import pyarrow
-import pyarrow.parquet
 
 from jgrpo.errors import InputError, short
 
@@ -53,6 +51,10 @@ def select(sizes: Mapping[str, int], spec: str) -> list[Range]:
 
     Bounds beyond the last row are clamped, as there. Raises InputError for an unknown split.
     """
+    if spec in sizes:
+        return [Range(spec, 0, sizes[spec])]
+    import datasets
+
     try:
         chosen = datasets.ReadInstruction.from_spec(spec).to_absolute(dict(sizes))
     except (ValueError, AssertionError) as error:
@@ -203,6 +205,8 @@ def read_splits(path: str) -> Splits:
     local = Path(path).expanduser()
     if local.is_file():
         return {"train": read_file(local)}
+    import datasets
+
     if local.is_dir():
         saved = any((local / name).is_file() for name in ("dataset_dict.json", "state.json"))
         load = datasets.load_from_disk if saved else datasets.load_dataset
@@ -246,13 +250,13 @@ def _load(load, path: str, what: str, advice: str) -> Splits:
 
 def read_file(file: Path) -> list[dict[str, Any]]:
     """The rows of one .jsonl, .json (a list of objects, or JSON lines) or .parquet file."""
+    if file.suffix not in FILE_SUFFIXES:
+        raise InputError(f"data set {file}: needs one of {', '.join(FILE_SUFFIXES)}")
+    if file.suffix == ".parquet":
+        return _read_parquet(file)
     try:
-        if file.suffix == ".parquet":
-            return pyarrow.parquet.read_table(file).to_pylist()
-        if file.suffix not in FILE_SUFFIXES:
-            raise InputError(f"data set {file}: needs one of {', '.join(FILE_SUFFIXES)}")
         text = file.read_text("utf-8-sig")
-    except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"data set {file}: {error}") from error
     items = _items(file, text) if file.suffix == ".json" else None
     if items is not None:
@@ -269,6 +273,16 @@ def read_file(file: Path) -> list[dict[str, Any]]:
         if not isinstance(row, dict):
             raise InputError(f"data set {file}, {where} {n}: needs an object, got {row!r:.60}")
     return list(rows.values())
+
+
+def _read_parquet(file: Path) -> list[dict[str, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.read_table(file).to_pylist()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise InputError(f"data set {file}: {error}") from error
 
 
 def _items(file: Path, text: str) -> list[Any] | None:

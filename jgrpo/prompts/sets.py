@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
-
 from jgrpo.errors import InputError
 from jgrpo.prompts.rows import FILE_SUFFIXES, Row, read_splits
 
@@ -108,6 +106,8 @@ def read_set(name: str, folder: Path | None = None) -> tuple[list[Row], str]:
 
 
 def _of_hub(wanted: NamedSet) -> tuple[list[Fields], str]:
+    import datasets
+
     try:
         loaded = datasets.load_dataset(
             wanted.hub_id,
