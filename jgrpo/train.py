@@ -5,7 +5,7 @@ sampler loads it. Step k samples with adapter k - 1, or an older one where rollo
 (`run/ahead.py`), and gives adapter k.
 """
 
-from jgrpo.errors import RunError, exit_status, no_more_interrupts, printable, stop_at_once
+from jgrpo.errors import RunError, exit_status, no_more_interrupts, stop_at_once
 
 if __name__ == "__main__":
     stop_at_once()
@@ -21,74 +21,33 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 
-from jgrpo.advantages import group_advantages, leave_one_out
-from jgrpo.checks import without_effect
 from jgrpo.config import Config
-from jgrpo.members import check_together
 from jgrpo.policy import adapter as adapters
 from jgrpo.policy.batch import Rows
-from jgrpo.rewards import load_functions
 from jgrpo.rollout import Sampler
 from jgrpo.run import memory
 from jgrpo.run.ahead import Ahead
-from jgrpo.run.alike import Alike
 from jgrpo.run.collect import Collector
-from jgrpo.run.differences import run_names
-from jgrpo.run.difficulty import of_this_difficulty
+from jgrpo.run.dry_run import dry_run
 from jgrpo.run.evaluation import evaluate_members
 from jgrpo.run.groups import Rollout
 from jgrpo.run.hosts import is_first, join, leading
+from jgrpo.run.member import Member, member_names
 from jgrpo.run.mix_up import check_members
-from jgrpo.run.policy import begun, open_policies
+from jgrpo.run.policy import begun
 from jgrpo.run.probe import check_sampler, gap_problem, gaps_to, of_a_stale_policy
 from jgrpo.run.record import Record, common_step, skipped_at_the_end, stop, where_it_went
 from jgrpo.run.rundir import adapter_folder, read_metrics, run_id, write_rollouts
-from jgrpo.run.runlog import RunLog
 from jgrpo.run.sampler import open_sampler
 from jgrpo.run.screen import Screen
-from jgrpo.run.session import Session, columns_of, configure_jax, open_problems, open_session
+from jgrpo.run.session import Session, configure_jax, open_session
 from jgrpo.run.stale import Watch
 from jgrpo.run.timing import StepClock, rates
 from jgrpo.run.together import SharedLearner, follow, new_learner
-
-MOST_SKIPPED = 3
-"""Updates in a row that may be skipped because they are not finite, before the run ends."""
-
-
-@dataclass
-class Member:
-    """One of the runs that are trained side by side: what it is, and what it leaves behind."""
-
-    config: Config
-    record: Record
-    log: RunLog
-    ended: str = ""
-    """Why it takes part no more; empty while it does."""
-    folder: Path = Path()
-    """Of its last adapter."""
-    state: Any = None
-    """That adapter and the optimizer's state, on the host."""
-
-    def __post_init__(self) -> None:
-        self.alike = Alike(self.config, str(self.record.run_dir))
-
-    @property
-    def of(self) -> str:
-        """Which run an error is of, where there are several."""
-        return f"{self.log.name.strip()}, " if self.log.name else ""
-
-    def advantages(self, rollout: Rollout) -> np.ndarray:
-        """float32 [P, G]"""
-        advantages_of = leave_one_out if self.config.use_leave_one_out else group_advantages
-        return advantages_of(rollout.rewards.total, self.config.use_std_norm)
-
-    def rows(self, rollout: Rollout, advantages: np.ndarray) -> Rows:
-        return rollout.rows(advantages, self.config.mask_truncated_completions)
 
 
 @dataclass
@@ -222,30 +181,14 @@ class Loop:
                 raise RunError(f"{member.of}step {step}: {problem}")
 
     def tell(self, step: int, e: int, metrics: dict[str, float], lines: list[dict]) -> None:
-        """Log a member's step, which is whole now; warn of updates that were skipped, end it for
-        too many of them in a row. RunError if it is the last."""
-        member = self.members[e]
-        member.log.log(step, metrics, lines)
-        member.record.keep(step, member.state)
-        if message := member.alike.after(step, metrics):
-            member.log.info(message, style="yellow")
-        if not metrics["train/skipped_updates"]:
+        """Log a member's step, which is whole now; end it if too many of its updates were skipped.
+        RunError if it is the last."""
+        member, skipped = self.members[e], self.learner.skipped_in_a_row[e]
+        if not (problem := member.tell(step, metrics, lines, skipped)):
             return
-        message = (
-            f"step {step}: {metrics['train/skipped_updates']:.0f} update(s) skipped, the loss or "
-            f"its gradient is not finite: loss {metrics['train/loss']}, gradient norm "
-            f"{metrics['train/grad_norm']}. To see it again: python -m jgrpo.replay "
-            f"{member.record.run_dir} --step {step}"
-        )
-        if self.learner.skipped_in_a_row[e] < MOST_SKIPPED:
-            member.log.info(message, style="yellow")
-            return
-        message += f"\n{MOST_SKIPPED} in a row: start a run with a lower lr"
         if len(self.running) == 1:
-            raise RunError(message)
-        member.ended = f"{member.of}{message}"
-        member.record.save()
-        member.log.info(f"{message}; the others go on", style="red")
+            raise RunError(problem)
+        member.end(problem)
 
     def publish(self, step: int) -> None:
         """Write adapters `step` where they are not there, and have the sampler load them."""
@@ -346,38 +289,10 @@ def train_together(
     return [record.run_dir for record in records]
 
 
-def member_names(folders: Sequence[Path]) -> list[str]:
-    """What stands before the lines of each run, all as long; nothing where there is only one."""
-    if len(folders) == 1:
-        return [""]
-    names = run_names(folders)
-    return [f"{name:>{max(map(len, names))}}" for name in names]
-
-
 def step_metrics(rollout: Rollout, advantages: np.ndarray) -> dict[str, float]:
     """Figures of all that was sampled, and of the rewards that were trained on, part by part."""
     zero = float((advantages == 0).mean())
     return rollout.metrics | rollout.rewards.metrics | {"train/zero_advantage_fraction": zero}
-
-
-def dry_run(configs: Sequence[Config]) -> None:
-    """Read all input but the weights, and print what training will take of the memory."""
-    configure_jax()
-    configs = [begun(config) for config in configs]
-    check_together(configs)
-    shared = configs[0]
-    problems = of_this_difficulty(shared, open_problems(shared))
-    for config in configs:
-        load_functions(config.reward_function, columns_of(problems.train))
-    policy = open_policies(configs, abstract=True)
-    lengths = [len(problem.prompt_ids) for problem in problems.train]
-    free = memory.free_memory()
-    told = [memory.training_memory(configs, policy, lengths).table(free)]
-    if shared.rollout == "jax":
-        told.append(memory.of_sampling(configs, policy, free))
-    warnings = dict.fromkeys(line for config in configs for line in without_effect(config))
-    for line in (*problems.report, *warnings, *told):
-        print(printable(line))
 
 
 def main() -> None:

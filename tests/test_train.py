@@ -30,6 +30,7 @@ from tiny_run import (
 
 from jgrpo import train as train_module
 from jgrpo.errors import InputError, RunError
+from jgrpo.run import member
 from jgrpo.run.rundir import claimed, read_config, read_metrics
 from jgrpo.tiny.recipe import END, make_tokenizer
 from jgrpo.train import Loop, train
@@ -216,14 +217,14 @@ def test_updates_that_are_not_finite_are_skipped_and_three_in_a_row_end_the_run(
     root, monkeypatch, capsys
 ):
     """Steps 2, and 4 to 6."""
-    real, steps = train_module.group_advantages, []
+    real, steps = member.group_advantages, []
 
     def huge(rewards, std_norm):
         steps.append(len(steps) + 1)
         bad = np.full(rewards.shape, 3e38, np.float32)
         return bad if steps[-1] in (2, 4, 5, 6) else real(rewards, std_norm)
 
-    monkeypatch.setattr(train_module, "group_advantages", huge)
+    monkeypatch.setattr(member, "group_advantages", huge)
     with pytest.raises(RunError, match=r"step 6.*not finite(?s:.*)3 in a row(?s:.*)--resume"):
         train(tiny_config(root, n_grpo_steps=8, eval_every=0))
     assert "step 2: 1 update(s) skipped" in capsys.readouterr().out.replace("\n", " ")
@@ -255,7 +256,8 @@ def test_wherever_a_run_is_stopped_it_goes_on_as_if_it_had_not_been(
 ):
     """In the probe; in the first step; in the evaluation after step 2; and after adapter 4 was
     written, but before its step was logged."""
-    real, calls = getattr(train_module, function), []
+    module = member if function == "group_advantages" else train_module
+    real, calls = getattr(module, function), []
 
     def interrupted(*args, **kwargs):
         calls.append(function)
@@ -263,7 +265,7 @@ def test_wherever_a_run_is_stopped_it_goes_on_as_if_it_had_not_been(
             raise error
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(train_module, function, interrupted)
+    monkeypatch.setattr(module, function, interrupted)
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(type(error)) as raised:
         train(tiny_config(root))
@@ -272,7 +274,7 @@ def test_wherever_a_run_is_stopped_it_goes_on_as_if_it_had_not_been(
     told = str(raised.value) if isinstance(error, RunError) else capsys.readouterr().out
     assert f"to go on: python -m jgrpo.train --resume {stopped}" in told
     assert str(error) in told
-    monkeypatch.setattr(train_module, function, real)
+    monkeypatch.setattr(module, function, real)
     train(tiny_config(root), resume=stopped)
     assert comparable(read_metrics(stopped)) == comparable(read_metrics(run))
     assert same_bits(final_adapter(stopped), final_adapter(run))

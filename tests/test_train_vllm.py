@@ -39,11 +39,11 @@ from vllm_server import fleet_server, vllm_server
 
 import jgrpo
 from jgrpo import cli, evaluate
-from jgrpo import train as train_module
 from jgrpo.config import Config
 from jgrpo.errors import RunError
 from jgrpo.rollout.server import Server
 from jgrpo.rollout.vllm import VllmSampler
+from jgrpo.run import member
 from jgrpo.run.checkpoint import Checkpoints
 from jgrpo.run.policy import begun
 from jgrpo.run.rundir import read_metrics
@@ -190,7 +190,7 @@ def test_a_run_is_evaluated_through_the_server_with_16_completions_a_problem(run
 
 
 def test_a_run_goes_on_through_the_server(config, url, run, monkeypatch):
-    real, calls = train_module.group_advantages, []
+    real, calls = member.group_advantages, []
 
     def interrupted(*args, **kwargs):
         calls.append(1)
@@ -198,7 +198,7 @@ def test_a_run_goes_on_through_the_server(config, url, run, monkeypatch):
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(train_module, "group_advantages", interrupted)
+    monkeypatch.setattr(member, "group_advantages", interrupted)
     config = dataclasses.replace(config, vllm_url=url)
     with pytest.raises(KeyboardInterrupt):
         train(config)
