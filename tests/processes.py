@@ -30,7 +30,7 @@ from tiny_run import (
     write_problems,
 )
 
-from jgrpo.run.hosts import TIMEOUT_S
+from jgrpo.run.hosts import JOIN_S, TIMEOUT_S
 from jgrpo.run.rundir import read_metrics
 
 ROOT = Path(__file__).parent.parent
@@ -92,7 +92,7 @@ def killed_again_and_again(root: Path, kills: int, seed: int = 0) -> list[str]:
         await_a_moment(run, first, rng, aim)
         processes[victim].kill()
         start_s = time.monotonic()
-        said = [process.communicate(timeout=3 * TIMEOUT_S)[0] for process in processes]
+        said = [process.communicate(timeout=JOIN_S + 3 * TIMEOUT_S)[0] for process in processes]
         seconds, codes = time.monotonic() - start_s, [process.returncode for process in processes]
         if codes[victim] == 0:
             break  # it was over

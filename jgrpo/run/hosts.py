@@ -17,8 +17,9 @@ from jax.experimental import multihost_utils
 
 from jgrpo.errors import InputError, RunError
 
-TIMEOUT_S = 60
-"""After so long a process that has died ends the others."""
+JOIN_S, TIMEOUT_S = 300, 60
+"""So long processes wait for each other at the start; after so long one that dies later ends the
+others."""
 SMALLEST_BYTES = 2**12
 HINTS = {"SLURM_STEP_NODELIST": "SLURM_NTASKS", "OMPI_MCA_orte_hnp_uri": "OMPI_COMM_WORLD_SIZE"}
 """Where a launcher says that it has started a process, and of how many."""
@@ -48,6 +49,7 @@ def join(coordinator_address: str, num_processes: int, process_id: int) -> None:
             coordinator_address or None,
             num_processes if all(given) else None,
             process_id if all(given) else None,
+            initialization_timeout=JOIN_S,
             heartbeat_timeout_seconds=TIMEOUT_S,
             shutdown_timeout_seconds=TIMEOUT_S,
         )
