@@ -6,6 +6,7 @@ done: the same command goes on.
 """
 
 import contextlib
+import gc
 import json
 import multiprocessing
 import os
@@ -177,6 +178,7 @@ def _start_worker(counter: Any, n_workers: int) -> None:
 def _run(train: Train, group: Sequence[Job]) -> str:
     """Train the runs of a group, their output in a log beside the first one's folder -> what went
     wrong, or nothing."""
+    gc.collect()  # arrays of the group before lie in cycles, and the collector comes seldom
     for job in group:
         job.folder.parent.mkdir(parents=True, exist_ok=True)
     begun = [job.folder if (job.folder / "config.json").is_file() else None for job in group]
