@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from jgrpo.checks import without_effect
+from jgrpo.checks import unread, without_effect
 from jgrpo.config import Config
 from jgrpo.errors import InputError, short
 from jgrpo.run.checkpoint import Checkpoints
@@ -124,8 +124,9 @@ class Record:
         for line in self.session.problems.report if not self.member else ():
             log.screen.info(line)
         log.info(f"{self.session.about(self.member)}; run: {short(self.run_dir)}")
+        idle = unread(self.config)  # perhaps set for a variant: said, but no alarm
         for line in without_effect(self.config):
-            log.info(line, style="yellow")
+            log.info(line, style="dim" if line in idle else "yellow")
 
     def keep(self, step: int, state: State) -> None:
         """Remember the state after `step`, which is whole, safe from donation."""
