@@ -3,6 +3,7 @@ represented is refused; a folder is whole or absent."""
 
 import json
 import os
+import re
 from pathlib import Path
 
 import jax
@@ -57,6 +58,25 @@ def test_an_adapter_names_its_base_so_that_peft_finds_it(checkpoint, tmp_path):
     jgrpo.save_adapter(model, tmp_path / "a")
     found = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "a", dtype=torch.float32)
     assert np.abs(torch_logits(found.eval(), IDS) - model(IDS)).max() < 1e-4
+
+
+def test_an_adapter_keeps_sglang_s_rules(checkpoint, tmp_path):
+    """As its python/sglang/srt/lora reads them (not run): one rank and alpha, modules listed
+    by their last names, tensors A [r, in] and B [out, r] by layer, and of what it stacks (q, k, v;
+    gate, up) all."""
+    jgrpo.save_adapter(merged(*adapted(checkpoint("qwen3-tied"), 4)), tmp_path / "a")
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LORA"
+    assert not {"rank_pattern", "alpha_pattern", "use_dora", "modules_to_save"} & config.keys()
+    assert config["bias"] == "none"
+    stacked = [{"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"}]
+    assert {*config["target_modules"]} == {"o_proj", "down_proj"}.union(*stacked)
+    weight = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.\w+\.(\w+)\.lora_([AB])\.weight")
+    arrays = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    found = {weight.fullmatch(name).groups(): x.shape for name, x in arrays.items()}
+    assert len(found) == 3 * 7 * 2
+    for (_, _, which), shape in found.items():
+        assert shape[0 if which == "A" else 1] == config["r"] == 4
 
 
 def test_peft_uses_every_tensor_that_we_save(checkpoint, tmp_path):
