@@ -99,15 +99,6 @@ class Server:
         )
 
 
-def joined(a: Rows, b: Rows) -> Rows:
-    return Rows(
-        a.prompts + b.prompts,
-        a.completions + b.completions,
-        a.sampler_logprobs + b.sampler_logprobs,
-        np.concatenate([a.advantages, b.advantages]),
-    )
-
-
 def main() -> None:
     args = tyro.cli(Args)
     config = Config(
@@ -133,15 +124,16 @@ def main() -> None:
             right = moved(before, args.size, step)
             prompts = rng.integers(0, n_ids, (args.groups, args.prompt_tokens)).tolist()
             rows = {
-                "right": server.sample(right, prompts),
-                "before": server.sample(before, prompts),
-                "base": server.sample(switched_off(right), prompts),
-                "projection missing": server.sample(without(right, args.projection), prompts),
-                "half before": joined(server.sample(right, prompts[half:]),
-                                      server.sample(before, prompts[:half])),
+                "right": [server.sample(right, prompts)],
+                "before": [server.sample(before, prompts)],
+                "base": [server.sample(switched_off(right), prompts)],
+                "projection missing": [server.sample(without(right, args.projection), prompts)],
+                "half before": [server.sample(right, prompts[half:]),
+                                server.sample(before, prompts[:half])],
             }  # fmt: skip
             for sampled_by, of_step in rows.items():
-                x, y = of_group(policy, 0, right, before, of_step, config)
+                found = [of_group(policy, 0, right, before, part, config) for part in of_step]
+                x, y = ([a for part in found for a in part[k]] for k in range(2))
                 slopes[sampled_by].add(x, y)
                 gaps[sampled_by] += y
                 steps += x if sampled_by == "right" else []

@@ -75,19 +75,8 @@ def sampler_texts(parts) -> list[str]:
         logits, prefix, keys, np.ones(2, bool),
     )  # fmt: skip
     state = jax.eval_shape(partial(grown, capacity=64), state)
-    decode = lowered(
-        sampler.programs.decode,
-        *given,
-        prefix,
-        keys,
-        1.0,
-        None,
-        0,
-        1,
-        state,
-        capacity=64,
-        greedy=False,
-    )
+    of_rows = prefix, keys, 1.0, None, 0, 1, state
+    decode = lowered(sampler.programs.decode, *given, *of_rows, capacity=64, greedy=False)
     return [lowered(sampler.programs.prefill, *given, *asked), decode]
 
 
