@@ -9,6 +9,7 @@ everything around it is `jgrpo.train.train(config)`.
 """
 
 import importlib
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from jgrpo.policy import Decoder
 
 find_home()  # before any library looks for its cache
+# "PyTorch was not found", it would say: only its tokenizers and configs are wanted.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 __version__ = "0.2.0"
 _HANDED_ON = {
     "Config": "config",

@@ -157,8 +157,8 @@ def as_runs(command: cli.AblateRuns, console: Console) -> Path:
 
     if command.config is None:
         raise InputError("--config FILE is needed: variants are the files beside it")
-    together = 1 if command.together is None else command.together
-    if min(command.jobs, together) < 1 or not command.seeds:
+    given = [n for n in (command.jobs, command.together) if n is not None]
+    if min(given, default=1) < 1 or not command.seeds:
         raise InputError("--jobs must be 1 or more, as --together, and there must be a seed")
     names = with_references(asked := command.variants or STUDY)
     variants = read_variants(names, command.config.parent)

@@ -142,8 +142,9 @@ class AblateRuns(Command):
     """One run of each variant for each."""
     out: Path = Path("ablations/study")
     """Folder of the runs and the report."""
-    jobs: int = 1
-    """Processes at a time; the cores are shared among them."""
+    jobs: int | None = None
+    """Processes at a time; the cores are shared among them. Default: with a GPU or a server 1, else
+    one a core as far as the memory goes, 8 at most."""
     together: int | None = None
     """Runs that one process trains side by side over one base, where they share what they must
     (all but the loss, the rewards, rank, learning rate and seed). Sums are then in another order
@@ -162,7 +163,6 @@ def parse(kind: type[C], argv: Sequence[str] | None = None, *, name: str = "") -
     `name` is the command's, if it is not that of the class.
     """
     args = list(sys.argv[1:] if argv is None else argv)
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found"
     several = "*" if kind is Train else None
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--config", type=Path, nargs=several)

@@ -60,10 +60,9 @@ def stop_at_once() -> None:
 @contextlib.contextmanager
 def exit_status() -> Iterator[None]:
     """Turn the errors above into one message on stderr and an exit status, without a traceback;
-    Ctrl-C into 130, as a shell does. A Ctrl-C that is lost (raised in a callback of a library, it
-    goes nowhere) is raised again every AGAIN_S seconds until it is heeded."""
+    Ctrl-C into 130, as a shell does."""
     try:
-        with _on_interrupt(_raise_until_heeded):
+        with interruptible():
             yield
     except (InputError, RunError) as error:
         # A message quotes servers, files and rows.
@@ -77,8 +76,18 @@ def exit_status() -> Iterator[None]:
         if not error.args:  # else what is to be said of it was said
             print("stopped", file=sys.stderr)
         sys.exit(130)
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Ctrl-C, or SIGTERM, is a KeyboardInterrupt. One that is lost (raised in a callback of a
+    library, it goes nowhere) is raised again every AGAIN_S seconds until it is heeded."""
+    with _on_interrupt(_raise_until_heeded):
+        try:
+            yield
+        finally:
+            if threading.current_thread() is threading.main_thread():
+                signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def _raise_until_heeded(number: int, _: Any) -> None:

@@ -5,9 +5,11 @@ import dataclasses
 import io
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -268,17 +270,20 @@ def test_runs_that_must_not_be_side_by_side_are_in_groups_of_their_own(root, tmp
 
 
 @pytest.mark.parametrize(
-    ("n_variants", "n_seeds", "most", "sizes", "n_kinds"),
+    ("n_variants", "n_seeds", "most", "n_workers", "sizes", "n_kinds"),
     [
-        (14, 2, 8, [7] * 4, 2),
-        (14, 2, 16, [14] * 2, 1),
-        (3, 5, 8, [6, 6, 3], 2),
-        (5, 1, 3, [3, 2], 2),
-        (2, 3, 1, [1] * 6, 2),
+        (14, 2, 8, 1, [7] * 4, 2),
+        (14, 2, 16, 1, [14] * 2, 1),
+        (14, 5, 16, 2, [7] * 10, 2),  # five whole seeds would leave a worker idle at the end
+        (14, 20, 16, 2, [14] * 20, 1),
+        (14, 1, 16, 2, [7] * 2, 2),
+        (3, 5, 8, 1, [6, 6, 3], 2),
+        (5, 1, 3, 1, [3, 2], 2),
+        (2, 3, 1, 2, [1] * 6, 2),
     ],
 )
 def test_groups_repeat_the_same_variants_so_that_they_share_programs(
-    root, n_variants, n_seeds, most, sizes, n_kinds
+    root, n_variants, n_seeds, most, n_workers, sizes, n_kinds
 ):
     base = command(root).options
     jobs = [
@@ -286,7 +291,7 @@ def test_groups_repeat_the_same_variants_so_that_they_share_programs(
         for seed in range(n_seeds)
         for v in range(n_variants)
     ]
-    groups = sweep.groups_of(jobs, most)
+    groups = sweep.groups_of(jobs, most, n_workers)
     assert [len(group) for group in groups] == sizes
     assert [job for group in groups for job in group] == jobs
     assert len({tuple(j.variant for j in group) for group in groups}) == n_kinds
@@ -296,26 +301,79 @@ def test_groups_repeat_the_same_variants_so_that_they_share_programs(
 def test_as_many_as_fit_by_the_dry_run_s_figure_are_side_by_side(root, monkeypatch, capsys):
     base = command(root).options
     configs = [dataclasses.replace(base, seed=seed) for seed in range(4)]
-    most, why = fit.most_that_fit([configs], 1)
-    assert most == 4
+    n, most, why = fit.what_fits([configs], 1, None)
+    assert (n, most) == (1, 4)
     assert why.startswith("up to 4 runs side by side: training takes 0.0")
-    assert fit.most_that_fit([configs[:1], configs[1:2]], 1)[0] == 1
+    assert fit.what_fits([configs[:1], configs[1:2]], 1, None)[1] == 1
 
     def needed(configs, policy, lengths):
         return SimpleNamespace(total=10 + 5 * len(configs))
 
     monkeypatch.setattr(fit, "training_memory", needed)
-    for free, n_processes, expected in (
-        (30, 1, 4),
-        (29, 1, 2),
-        (30, 2, 1),
-        (1, 1, 1),
-        (None, 9, 4),
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(3))
+    for free, asked, expected in (
+        (30, (1, None), (1, 4)),
+        (29, (1, None), (1, 2)),
+        (30, (2, None), (2, 1)),
+        (1, (1, None), (1, 1)),
+        (None, (9, None), (9, 4)),
+        (90, (None, None), (3, 4)),
+        (45, (None, None), (3, 1)),
+        (30, (None, None), (1, 4)),
+        (60, (None, 3), (1, 3)),
+        (1, (None, None), (1, 1)),
+        (1, (2, 4), (2, 4)),
     ):
         monkeypatch.setattr(fit, "free_memory", lambda free=free: free)
-        most, why = fit.most_that_fit([configs], n_processes)
-        assert most == expected, (free, n_processes)
+        n, most, why = fit.what_fits([configs], *asked)
+        assert (n, most) == expected, (free, asked)
         assert ("that are free" in why) == (free is not None)
+    through_a_server = [dataclasses.replace(c, rollout="vllm") for c in configs]
+    assert fit._of_use([configs]) == 3
+    assert fit._of_use([through_a_server]) == 1
+
+
+@pytest.mark.slow
+def test_sigterm_ends_all_processes_with_a_checkpoint_each(root, tmp_path):
+    words = ["--config", str(root / "tiny.py"), "--variants", "token_level", "--seeds", "0", "1",
+             "--n_grpo_steps", "500", "--jobs", "2", "--out", str(tmp_path)]  # fmt: skip
+    ablate = [sys.executable, "-m", "jgrpo.ablate", "runs", *words]
+    sweeping = subprocess.Popen(
+        ablate, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    folders = [tmp_path / name / f"seed_{i}" for name in ("rank1", "token_level") for i in (0, 1)]
+    until(lambda: all(len(steps_of(folder)) > 1 for folder in folders), 300)
+    sweeping.terminate()  # it alone: a terminal's Ctrl-C would come to all
+    said, _ = sweeping.communicate(timeout=120)
+    assert sweeping.returncode == 130, said
+    assert "stopping: what runs leaves a checkpoint" in said
+    until(lambda: not alive(sweeping.pid), 20)
+    for folder in folders:
+        done = steps_of(folder)[-1]
+        assert done < 500
+        assert (folder / "checkpoints" / f"{done:06d}").is_dir()
+
+
+def steps_of(folder):
+    try:
+        return [row["step"] for row in read_metrics(folder) if "train/loss" in row]
+    except InputError:  # not begun
+        return []
+
+
+def alive(process_group):
+    try:
+        os.killpg(process_group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def until(true, patience_s):
+    end_s = time.monotonic() + patience_s
+    while not true():
+        assert time.monotonic() < end_s
+        time.sleep(0.2)
 
 
 @pytest.mark.slow

@@ -29,7 +29,9 @@ class Result:
     @property
     def step(self) -> int | None:
         """Of the adapter, if it is one of a run's."""
-        number = self.adapter.name.removeprefix("step_") if self.adapter else ""
+        if self.adapter is None or self.adapter.parent.name != "adapters":
+            return None
+        number = self.adapter.name.removeprefix("step_")
         return int(number) if number.isdecimal() else None
 
     @property
@@ -39,7 +41,10 @@ class Result:
 
     @property
     def policy(self) -> str:
-        return short(self.adapter) if self.adapter else "base"
+        """Its name in what is printed."""
+        if self.adapter is None:
+            return "base"
+        return short(self.adapter) if self.step is None else f"{short(self.run)} step {self.step}"
 
     def figures(self) -> dict[str, Any]:
         """As JSON: whose they are, the metrics, and the intervals' ends by tag."""
@@ -140,14 +145,15 @@ def table(results: Sequence[Result]) -> Table:
     names = {"accuracy": "accuracy" if n == 1 else f"avg@{n}"}
     names |= {f"{kind}@{k}": f"{kind}@{k}" for kind in ("pass", "maj")
               for k in [1 << n.bit_length() - 1] if n > 1}  # fmt: skip
-    for title in ("policy", "set", "problems", *names.values(), "boxed", "cut off", "tokens"):
+    sets = ["set"] * any(r.eval_set for r in results)
+    for title in ("policy", *sets, "problems", *names.values(), "boxed", "cut off", "tokens"):
         shown.add_column(title, justify="left" if title in ("policy", "set") else "right")
     for result in results:
         e, metrics = result.evaluation, result.evaluation.metrics
         cells = ["{:.1f} [{:.1f}, {:.1f}]".format(*(100 * x for x in e.intervals[f"eval/{name}"]))
                  for name in names]  # fmt: skip
         shown.add_row(
-            result.policy, result.eval_set or "-", str(len(e.asked)), *cells,
+            result.policy, *([result.eval_set or "-"] * len(sets)), str(len(e.asked)), *cells,
             f"{metrics['eval/boxed_fraction']:.0%}", f"{metrics['eval/truncated_fraction']:.0%}",
             f"{metrics['eval/avg_gen_length']:.0f}",
         )  # fmt: skip

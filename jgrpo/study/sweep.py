@@ -10,6 +10,7 @@ import gc
 import json
 import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -29,10 +30,10 @@ from rich.progress import (
 )
 
 from jgrpo.config import Config
-from jgrpo.errors import InputError, RunError, printable
+from jgrpo.errors import InputError, RunError, interruptible, no_more_interrupts, printable
 from jgrpo.members import shared_options
 from jgrpo.run.rundir import jsonable, read_config, read_metrics, write_whole
-from jgrpo.study.fit import most_that_fit
+from jgrpo.study.fit import what_fits
 from jgrpo.study.variants import Variant
 
 Train = Callable[[Sequence[Config], Sequence[Path | None]], object]
@@ -90,9 +91,9 @@ def _check_same(folder: Path, config: Config) -> None:
         )
 
 
-def groups_of(jobs: Sequence[Job], most: int) -> list[list[Job]]:
-    """Runs that can be trained side by side, `most` at a time."""
-    return [group for those in alike(jobs) for group in _cut(those, most)]
+def groups_of(jobs: Sequence[Job], most: int, n_workers: int = 1) -> list[list[Job]]:
+    """Runs that can be trained side by side, `most` at a time at the most."""
+    return [group for those in alike(jobs) for group in _cut(those, most, n_workers)]
 
 
 def alike(jobs: Sequence[Job]) -> list[list[Job]]:
@@ -104,13 +105,24 @@ def alike(jobs: Sequence[Job]) -> list[list[Job]]:
     return [*found.values()]
 
 
-def _cut(jobs: Sequence[Job], most: int) -> list[list[Job]]:
+def _cut(jobs: Sequence[Job], most: int, n_workers: int) -> list[list[Job]]:
     """Whole seeds at a time, or else each seed in parts as large as each other: groups of the same
-    variants have the same programs, and the compiler's work is done once."""
+    variants have the same programs, and the compiler's work is done once. Of what may be, the
+    largest that keeps the workers busy to the end."""
     n = len({job.variant for job in jobs})
-    size = most // n * n or -(-n // -(-n // most))
-    runs = [jobs] if size >= n else [[*of_seed] for _, of_seed in groupby(jobs, lambda j: j.seed)]
-    return [list(run[i : i + size]) for run in runs for i in range(0, len(run), size)]
+
+    def cut(size: int) -> list[list[Job]]:
+        seeds = groupby(jobs, lambda job: job.seed)
+        runs = [jobs] if size >= n else [[*of_seed] for _, of_seed in seeds]
+        return [list(run[i : i + size]) for run in runs for i in range(0, len(run), size)]
+
+    def duration(size: int) -> int:
+        """In runs, of the busiest; a group's own beginning costs about as much as one."""
+        costs = [len(group) + 1 for group in cut(size)]
+        return max(sum(costs[worker::n_workers]) for worker in range(n_workers))
+
+    sizes = {*range(n, most + 1, n), *(-(-n // parts) for parts in range(1, n + 1))}
+    return cut(min((size for size in sizes if size <= most), key=lambda s: (duration(s), -s)))
 
 
 def _last_checkpoint(folder: Path) -> str:
@@ -120,21 +132,26 @@ def _last_checkpoint(folder: Path) -> str:
 
 
 def run_all(
-    jobs: Sequence[Job], train: Train, n_workers: int, console: Console, together: int | None = 1
+    jobs: Sequence[Job],
+    train: Train,
+    n_workers: int | None,
+    console: Console,
+    together: int | None = 1,
 ) -> None:
-    """Train what is not done, so many runs together (None: as many as fit). RunError, after all
-    others have ended, if a run failed."""
+    """Train what is not done, in so many processes, so many runs together in each (None: as many as
+    fit). RunError, after all others have ended, if a run failed. Ctrl-C, or SIGTERM, ends them all
+    with a checkpoint each."""
     left = [job for job in jobs if not job.done]
     console.print(f"{len(jobs)} runs, {len(jobs) - len(left)} of them done already")
     if not left:
         return
     context = multiprocessing.get_context("spawn")
-    if together is None:  # in a process that ends: this one must not take a GPU's memory
-        with ProcessPoolExecutor(1, context) as pool:
+    if n_workers is None or together is None:
+        with ProcessPoolExecutor(1, context) as pool:  # this process must not take a GPU's memory
             asked = [[job.config for job in those] for those in alike(left)]
-            together, why = pool.submit(most_that_fit, asked, n_workers).result()
+            n_workers, together, why = pool.submit(what_fits, asked, n_workers, together).result()
         console.print(printable(why), markup=False)
-    groups = groups_of(left, together)
+    groups = groups_of(left, together, n_workers)
     if together > 1:
         console.print(f"{len(left)} runs in {len(groups)} groups side by side")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
@@ -157,7 +174,12 @@ def run_all(
                     bar.console.print(printable(f"failed: {job.folder}: {problem}"), markup=False)
                 bar.advance(task, len(group))
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            with no_more_interrupts():
+                bar.console.print("stopping: what runs leaves a checkpoint")
+                pool.shutdown(wait=False, cancel_futures=True)
+                for child in multiprocessing.active_children():
+                    child.terminate()
+                pool.shutdown()
             raise
     if failed:
         names = "; ".join(failed)
@@ -165,7 +187,9 @@ def run_all(
 
 
 def _start_worker(counter: Any, n_workers: int) -> None:
-    """Give this worker its share of the cores; XLA makes as many threads as it may use cores."""
+    """Give this worker its share of the cores; XLA makes as many threads as it may use cores. A
+    terminal's Ctrl-C comes to all processes: the first one alone heeds it, and ends the others."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     with counter.get_lock():
         index = counter.value
         counter.value += 1
@@ -188,7 +212,8 @@ def _run(train: Train, group: Sequence[Job]) -> str:
         contextlib.redirect_stderr(log),
     ):
         try:
-            train([job.config for job in group], begun)
+            with interruptible():
+                train([job.config for job in group], begun)
         except (InputError, RunError) as error:
             print(f"error: {error}", file=sys.stderr)
             return str(error)

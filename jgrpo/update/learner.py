@@ -301,7 +301,7 @@ def learning_rates(configs: Sequence[Config]) -> np.ndarray:
     longest = max(c.n_updates for c in configs)
     rates = np.zeros((len(configs), longest))
     for e, c in enumerate(configs):
-        rate = learning_rate(c.lr_scheduler_type, c.lr, c.n_updates, c.warmup_steps)
+        rate: Any = learning_rate(c.lr_scheduler_type, c.lr, c.n_updates, c.warmup_steps)
         count = np.minimum(np.arange(longest), c.n_updates - 1)
         rates[e] = rate(count) if callable(rate) else rate
     return rates
