@@ -10,6 +10,9 @@ import gc
 import os
 import signal
 
+os.environ.setdefault(
+    "HF_HUB_OFFLINE", "1"
+)  # no test needs the hub; without it one is asked for long
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # an accelerator's float32 matmul is not float32
 # Most of a tiny model's time is compilation: without LLVM's optimizations, and with XLA's older
 # emitters of fusions, it takes a third.

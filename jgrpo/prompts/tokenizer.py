@@ -16,6 +16,11 @@ from jgrpo.errors import InputError
 
 MARK = "answer-7351"
 """Stands for an answer where only the text behind it is of interest."""
+DATED = """\
+{%- macro strftime_now(format) %}{{ texts_of_dates[format] if format in texts_of_dates else \
+raise_exception("strftime_now needs a format that the template spells out") }}{% endmacro %}
+"""
+"""Before a template: transformers' own would write today's date, and no function can be given."""
 
 
 def load_tokenizer(model_id: str) -> PreTrainedTokenizerBase:
@@ -182,7 +187,7 @@ def render(
                 tokenize=False,
                 add_generation_prompt=True,
                 enable_thinking=enable_thinking,
-                strftime_now=(now or datetime.now()).strftime,  # in place of transformers' own
+                **_dated(tokenizer.get_chat_template(), now or datetime.now()),
             )
         except (jinja2.TemplateError, ValueError, TypeError, OverflowError) as error:
             raise InputError(
@@ -197,6 +202,17 @@ def render(
             )
     ids = tokenizer(prompts, add_special_tokens=not has_template)["input_ids"]
     return prompts, [tuple(row) for row in ids]
+
+
+def _dated(template: str, now: datetime) -> dict[str, Any]:
+    """What makes `apply_chat_template` write that date, if any: of each text in the template that
+    may be a format."""
+    if "strftime_now" not in template:
+        return {}
+    tokens = jinja2.Environment().lexer.tokenize(template)
+    formats = {str(token.value) for token in tokens if token.type == "string"}
+    dates = {format: now.strftime(format) for format in formats}
+    return {"chat_template": DATED + template, "texts_of_dates": dates}
 
 
 def writes_the_date(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -205,6 +205,26 @@ def test_a_template_writes_the_date_that_it_is_given_and_that_is_told(
     assert ("that of 2024-03-05 06:07" in caplog.text) == (date is not None)
 
 
+@pytest.mark.parametrize(
+    "before", ["", "\n", " ", "\n\n  ", "  {% if true %}\n x\n  {% endif %}\n"]
+)
+def test_a_template_that_writes_the_date_is_otherwise_rendered_as_it_is(before):
+    template = before + "{%- if true -%} {{ strftime_now('%Y') }}\n{% endif %}" + CHAT
+    chat = [{"role": "user", "content": "2 + 1?"}]
+    tokenizer, now = byte_tokenizer(template), datetime.now()
+    ours, _ = render(tokenizer, [chat], enable_thinking=False, now=now)
+    assert ours == tokenizer.apply_chat_template(
+        [chat], tokenize=False, add_generation_prompt=True, enable_thinking=False
+    )
+    assert ours[0].startswith(f"{now:%Y}") or before
+
+
+def test_a_template_that_makes_up_the_format_of_a_date_is_refused():
+    tokenizer = byte_tokenizer("{{ strftime_now('%' ~ 'Y') }}" + CHAT)
+    with pytest.raises(InputError, match="needs a format that the template spells out"):
+        render(tokenizer, ["1"], enable_thinking=False)
+
+
 # -- which problems
 
 
