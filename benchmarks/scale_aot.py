@@ -34,11 +34,17 @@ from jgrpo.policy.model import Decoder, ModelConfig
 from jgrpo.rollout.embedded import JaxSampler
 from jgrpo.run.memory import largest_micro_batch
 from jgrpo.update.learner import update_of
+from jgrpo.update.step import Update
 
 N_DEVICES, GB = 8, 1e9
-H100 = """
-gpu_device_info {
-  cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
+CARDS = {
+    "h100": ("NVIDIA H100 80GB HBM3", 84942979072, 3352320000000),
+    "h200": ("NVIDIA H200", 151397597184, 4800000000000),
+}
+"""Name, bytes of memory and bytes a second, as NVIDIA's data sheets say."""
+CARD = """
+gpu_device_info {{
+  cuda_compute_capability {{ major: 9 feature_extension: ACCELERATED_FEATURES }}
   core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98 threads_per_warp: 32
   threads_per_block_limit: 1024 threads_per_core_limit: 2048
   block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
@@ -46,12 +52,13 @@ gpu_device_info {
   registers_per_core_limit: 65536 registers_per_block_limit: 65536
   shared_memory_per_core: 233472 shared_memory_per_block: 49152
   shared_memory_per_block_optin: 232448 l2_cache_size: 52428800
-  device_memory_size: 84942979072 memory_bandwidth: 3352320000000
-  device_vendor: "NVIDIA Corporation" name: "NVIDIA H100 80GB HBM3" device_address_bits: 64
+  device_memory_size: {memory} memory_bandwidth: {bandwidth}
+  device_vendor: "NVIDIA Corporation" name: "{name}" device_address_bits: 64
   driver_version: "13.0.0" runtime_version: "13.0.0" compile_time_toolkit_version: "13.0.0"
-}
+  {more}
+}}
 platform_name: "CUDA"
-device_description_str: "NVIDIA H100 80GB HBM3"
+device_description_str: "{name}"
 """
 """As XLA's GpuTargetConfigProto; the figures are those of NVIDIA's data sheet and tuning guide."""
 QWEN3_8B = QWEN3_1_7B | {
@@ -99,12 +106,48 @@ def held(compiled: jax.stages.Compiled) -> int:
     return stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
 
 
-def decode_program(graph, adapters, base, mesh, config: Config, vocab: int) -> jax.stages.Compiled:
-    """The last stage of decoding a step's completions."""
+def described(card: str, n: int, cudnn: str = "") -> list[jax.Device]:
+    """`n` cards that are not there, for which what is traced from now on is compiled. `cudnn`: its
+    version, e.g. 9.19.0, where its calls are in the programs."""
+    name, memory, bandwidth = CARDS[card]
+    more = f'dnn_version: "{cudnn}"' if cudnn else ""
+    text = CARD.format(name=name, memory=memory, bandwidth=bandwidth, more=more)
+    if cudnn:
+        text += "dnn_version_info {{ major: {} minor: {} patch: {} }}".format(*cudnn.split("."))
+    topology = topologies.get_topology_desc(
+        platform="cuda", target_config=text, topology=f"1x1x{n}"
+    )
+    jax.config.update("jax_default_matmul_precision", "highest")  # as session.configure_jax
+    jax.default_backend = lambda: "gpu"  # what jgrpo asks; JAX itself compiles for the mesh
+    return topology.devices
+
+
+def policy_shapes(model: str, config: Config, members: int = 1):
+    """Structure, adapters [E, ...] and base of random weights in this shape; rank 1, bfloat16."""
+    shape = ModelConfig.from_hf(AutoConfig.for_model(**MODELS[model]))
+    make = lambda: Decoder(  # noqa: E731
+        shape, rngs=nnx.Rngs(0), dtype=jnp.bfloat16, rank=1, alpha=32,
+        target_modules=config.lora_target_modules,
+    )  # fmt: skip
+    graph, adapter, base = split(nnx.eval_shape(make))
+    return shape, graph, jax.eval_shape(stacked_up, [adapter] * members), base
+
+
+def apply_program(update: Update, adapters) -> jax.stages.Lowered:
+    """The optimizers' step of an update."""
+    total, state = update.programs.zeros.eval_shape(adapters), jax.eval_shape(update.init, adapters)
+    e = jax.tree.leaves(adapters)[0].shape[0]
+    rates = np.ones((e, 1), np.float32)
+    return update.programs.apply.lower(adapters, state, total, np.ones(e), rates)
+
+
+def sampler_programs(graph, adapters, base, mesh, config: Config, vocab: int):
+    """Prefill of a step's prompts, and the last stage of decoding its completions; lowered."""
     c, n = config, config.n_prompts_per_step
     sampler = JaxSampler(
         graph, adapters, nnx.State({}), stop_token_ids=[vocab - 1], max_tokens=c.max_tokens,
         max_rows=c.n_completions_per_step, mesh=mesh,
+        scales=[1.0] * jax.tree.leaves(adapters)[0].shape[0],
     )  # fmt: skip
     int32, uint32 = (lambda *s, d=d: jax.ShapeDtypeStruct(s, d) for d in (jnp.int32, jnp.uint32))
     asked = int32(n, c.max_prompt_tokens), int32(n), uint32(n)
@@ -118,30 +161,25 @@ def decode_program(graph, adapters, base, mesh, config: Config, vocab: int) -> j
     state = jax.eval_shape(first, logits, prefix, keys, real)
     options = {"capacity": c.max_tokens, "greedy": False}
     given = adapters, base, prefix, keys, 1.0, None, 0, 1, state
-    return sampler.programs.decode.lower(*given, **options).compile()
+    prefilled = sampler.programs.prefill.lower(adapters, base, *asked)
+    return prefilled, sampler.programs.decode.lower(*given, **options)
 
 
 def measure(model: str, fsdp: int, devices, args: Args) -> dict[str, Any]:
     """One model on one mesh."""
     start = time.perf_counter()
-    shape = ModelConfig.from_hf(AutoConfig.for_model(**MODELS[model]))
     config = Config(
         dtype="bfloat16", fsdp=fsdp, micro_batch_size=args.micro_batch_size, max_prompt_tokens=256,
         gradient_checkpointing=model != "1.7b", attn_implementation="xla",
     )  # fmt: skip
-    make = lambda: Decoder(  # noqa: E731
-        shape, rngs=nnx.Rngs(0), dtype=jnp.bfloat16, rank=1, alpha=32,
-        target_modules=config.lora_target_modules,
-    )  # fmt: skip
-    graph, adapter, base = split(nnx.eval_shape(make))
-    adapters, mesh = jax.eval_shape(stacked_up, [adapter]), make_mesh(fsdp, devices)
+    shape, graph, adapters, base = policy_shapes(model, config)
+    mesh = make_mesh(fsdp, devices)
     update = update_of([config], graph, adapters, base, mesh=mesh)
     batch = largest_micro_batch(config, [config.max_prompt_tokens] * config.n_prompts_per_step)
     trained = update.compiled(adapters, base, batch)
-    total, state = update.programs.zeros.eval_shape(adapters), jax.eval_shape(update.init, adapters)
-    rates = np.ones((1, 1), np.float32)
-    applied = update.programs.apply.lower(adapters, state, total, np.ones(1), rates).compile()
-    sampled = decode_program(graph, adapters, base, mesh, config, shape.vocab_size)
+    applied = apply_program(update, adapters).compile()
+    _, decode = sampler_programs(graph, adapters, base, mesh, config, shape.vocab_size)
+    sampled = decode.compile()
     base_bytes = sum(
         2 * prod(lies(mesh, path, x.shape).shard_shape(x.shape))
         for path, x in nnx.to_flat_state(base)
@@ -159,17 +197,13 @@ def measure(model: str, fsdp: int, devices, args: Args) -> dict[str, Any]:
 
 def main() -> None:
     args = tyro.cli(Args)
-    jax.config.update("jax_default_matmul_precision", "highest")  # as session.configure_jax
-    topology = topologies.get_topology_desc(
-        platform="cuda", target_config=H100, topology=f"1x1x{N_DEVICES}"
-    )
-    jax.default_backend = lambda: "gpu"  # what jgrpo asks; JAX itself compiles for the mesh
+    devices = described("h100", N_DEVICES)
     rows = []
     print("| Qwen3 | data x fsdp | base | to train | to decode | all-reduce, an update | gathered, "
           "a micro-batch | all else |\n|---|---|---|---|---|---|---|---|")  # fmt: skip
     for model in args.models:
         for fsdp in args.fsdp:
-            row = measure(model, fsdp, topology.devices, args)
+            row = measure(model, fsdp, devices, args)
             rows.append(row)
             reduced, *more = row["update"].get("all-reduce", [0])
             known = {"all-gather"}
