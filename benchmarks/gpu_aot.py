@@ -159,6 +159,7 @@ class Program:
                 self.entry = head[2] if head[1] else getattr(self, "entry", "")
             elif found := line_of.match(line):
                 root, name, shape, kind, rest = found.groups()
+                kind = "fusion" if kind == "fusion-start" else kind
                 ops[name] = Op(name, shape, kind, rest, bool(root))
 
     def kernels(self) -> list[Kernel]:
@@ -171,7 +172,7 @@ class Program:
                 known = op.attribute(r'known_trip_count":\{"n":"(\d+)"')
                 n = int(known) if known else self.turns[min(depth, len(self.turns) - 1)]
                 yield from self._walk(op.callee, times * n, depth + (not known))
-            elif op.kind == "call" or (op.kind.endswith("-start") and op.callee):
+            elif op.kind in ("call", "async-start"):
                 yield from self._walk(op.callee, times, depth)
             elif op.kind == "conditional":
                 raise NotImplementedError(f"{op.name}: which branch is taken is not known")
@@ -315,8 +316,8 @@ def main() -> None:
     for name in args.programs:
         row = measure(name, args, *programs[name])
         rows.append(row)
-        print(f"| {name} | {row['seconds']:.4g} | {row['bytes'] / 1e9:,.4g} "
-              f"| {row['flops'] / 1e12:.4g} | {row['launches']:,.0f} "
+        print(f"| {name} | {row['seconds']:#.4g} | {row['bytes'] / 1e9:,.1f} "
+              f"| {row['flops'] / 1e12:,.1f} | {row['launches']:,.0f} "
               f"| {row['peak_bytes'] / 2**30:.1f} | {row['added_by_index'] or 'none'} |",
               flush=True)  # fmt: skip
     for row in rows if args.top else []:
