@@ -6,6 +6,7 @@ import importlib.metadata
 import io
 import json
 import struct
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -138,11 +139,22 @@ def wandb_records(file: Path) -> list:
             at += 32768 - at % 32768
             continue
         length, kind = struct.unpack("<HB", data[at + 4 : at + 7])
+        if at + 7 + length > len(data):  # being written
+            break
         parts += data[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):
             found.append(Record.FromString(parts))
             parts = b""
+    return found
+
+
+def whole(file: Path) -> list:
+    """Its records, once the last is there: wandb's service may write it after `finish`."""
+    end_s = time.monotonic() + 60
+    while not (found := wandb_records(file)) or not found[-1].HasField("exit"):
+        assert time.monotonic() < end_s, [r.WhichOneof("record_type") for r in found]
+        time.sleep(0.1)
     return found
 
 
@@ -160,7 +172,7 @@ def test_wandb_offline_has_all_tags_options_tables_and_one_run(tmp_path, monkeyp
     a_life_and_its_resume(run, "wandb")
     files = sorted(run.glob("wandb/offline-run-*/run-*.wandb"))
     assert len(files) == 2
-    lives = [wandb_records(file) for file in files]
+    lives = [whole(file) for file in files]
     ids = {r.run.run_id for life in lives for r in life if r.HasField("run")}
     assert ids == {(run / "tracker_id").read_text().strip()}
     config = {
