@@ -49,7 +49,7 @@ from jgrpo.update.learner import batches_of, parts_of, update_of
 
 RATES = {"h100": (0.75 * 790e12, 0.85 * 3.0e12), "h200": (0.75 * 790e12, 0.85 * 4.3e12)}
 """Operations and bytes a second: shares of what such cards were measured to do, 790 TFLOP/s in
-large products (figures and shares: those of the shared tool `aot_gpu.py`)."""
+large products."""
 CUDNN = "9.19.0"
 SIZES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4,
          "f32": 4, "s64": 8, "u64": 8, "f64": 8}  # fmt: skip
