@@ -21,6 +21,8 @@ class Backend(NamedTuple):
     """Is there cuDNN?"""
     cache_by_products: bool
     """Is a cache of one row's keys and values read by matrix products, or by plain sums?"""
+    members_decoded_at_once: bool
+    """Are the completions of all members one batch, or several as large as a lone run's?"""
 
 
 CPU = Backend(
@@ -30,6 +32,7 @@ CPU = Backend(
     lora_columns_summed=0,
     flash_attention=False,
     cache_by_products=True,
+    members_decoded_at_once=False,  # the keys and values of more leave the caches: a quarter slower
 )
 GPU = Backend(
     head_chunk_floats=2**27,  # 512 MiB: each chunk reads the head, and the host waits for it
@@ -38,6 +41,7 @@ GPU = Backend(
     lora_columns_summed=8,  # a product is written and read again: 6 % of a decoded token
     flash_attention=True,
     cache_by_products=False,  # for these a layer's slice is copied first, and read more than once
+    members_decoded_at_once=True,  # a token of all reads the weights once
 )
 
 

@@ -9,6 +9,7 @@ from flax import nnx
 
 from jgrpo.config import Config
 from jgrpo.policy.adapter import load
+from jgrpo.policy.backend import backend
 from jgrpo.policy.lora import rank_of
 from jgrpo.policy.mesh import make_mesh
 from jgrpo.policy.weights import model_config, model_folder
@@ -25,9 +26,10 @@ AT_ONCE = 8
 
 def sampled_at_once(config: Config, policy: Policy, free: int | None) -> int:
     """How many completions the embedded sampler decodes at once on each device, of `free` bytes:
-    its share of those of a step of all members, or as many as fit."""
-    c, n_groups = config, len(policy.scales) * config.n_prompts_per_step
-    n_rows = -(-n_groups // make_mesh(c.fsdp).size) * c.group_size
+    its share of those of a step (`Backend.members_decoded_at_once`), or as many as fit."""
+    c, n_members = config, len(policy.scales) if backend().members_decoded_at_once else 1
+    n_groups = -(-n_members * c.n_prompts_per_step // make_mesh(c.fsdp).size)
+    n_rows = n_groups * c.group_size
     if free is None:
         return n_rows
     return rows_that_fit(

@@ -20,8 +20,10 @@ from tiny_run import (
 from jgrpo import train as train_module
 from jgrpo.errors import InputError, RunError
 from jgrpo.policy.adapter import adapter_arrays
+from jgrpo.policy.backend import CPU, GPU
 from jgrpo.policy.batch import SLOT_COST, Rows, micro_batches
 from jgrpo.run import memory as memory_module
+from jgrpo.run import sampler
 from jgrpo.run.memory import free_memory, largest_micro_batch, ran_out, training_memory
 from jgrpo.run.policy import open_policies
 from jgrpo.run.rundir import read_metrics
@@ -118,6 +120,13 @@ def test_the_sampler_decodes_as_many_rows_as_fit(root):
         (None, 32), (32 * a_row, 32), (32 * a_row - 1, 16), (8 * a_row, 8), (0, 8), (-5, 8),
     ):  # fmt: skip
         assert sampled_at_once(config, policy, free) == n
+
+
+def test_members_are_decoded_together_where_that_suits_the_device(root, monkeypatch):
+    policy = open_policies([tiny_config(root, seed=seed) for seed in range(3)], abstract=True)
+    for backend, n in ((CPU, 32), (GPU, 96)):
+        monkeypatch.setattr(sampler, "backend", lambda backend=backend: backend)
+        assert sampled_at_once(tiny_config(root), policy, None) == n
 
 
 def test_free_memory_is_less_than_the_machine_s():
