@@ -336,7 +336,8 @@ def test_as_many_as_fit_by_the_dry_run_s_figure_are_side_by_side(root, monkeypat
 @pytest.mark.slow
 def test_sigterm_ends_all_processes_with_a_checkpoint_each(root, tmp_path):
     words = ["--config", str(root / "tiny.py"), "--variants", "token_level", "--seeds", "0", "1",
-             "--n_grpo_steps", "500", "--jobs", "2", "--out", str(tmp_path)]  # fmt: skip
+             "2", "3", "--n_grpo_steps", "500", "--jobs", "2", "--together", "2", "--out",
+             str(tmp_path)]  # two groups at a time, of four  # fmt: skip
     ablate = [sys.executable, "-m", "jgrpo.ablate", "runs", *words]
     sweeping = subprocess.Popen(
         ablate, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
@@ -352,6 +353,7 @@ def test_sigterm_ends_all_processes_with_a_checkpoint_each(root, tmp_path):
         done = steps_of(folder)[-1]
         assert done < 500
         assert (folder / "checkpoints" / f"{done:06d}").is_dir()
+    assert not (tmp_path / "rank1" / "seed_2").exists()
 
 
 def steps_of(folder):

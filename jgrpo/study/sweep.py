@@ -157,10 +157,12 @@ def run_all(
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
                TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())  # fmt: skip
     failed: dict[str, str] = {}
-    workers = context.Value("i", 0)
+    workers, ending = context.Value("i", 0), context.Event()
     with (
         Progress(*columns, console=console, speed_estimate_period=3600) as bar,
-        ProcessPoolExecutor(n_workers, context, _start_worker, (workers, n_workers)) as pool,
+        ProcessPoolExecutor(
+            n_workers, context, _start_worker, (workers, n_workers, ending)
+        ) as pool,
     ):
         task = bar.add_task("runs", total=len(left))
         futures = {pool.submit(_run, train, group): group for group in groups}
@@ -176,6 +178,7 @@ def run_all(
         except BaseException:
             with no_more_interrupts():
                 bar.console.print("stopping: what runs leaves a checkpoint")
+                ending.set()  # some groups are in the workers' queue, where none can cancel them
                 pool.shutdown(wait=False, cancel_futures=True)
                 for child in multiprocessing.active_children():
                     child.terminate()
@@ -186,9 +189,15 @@ def run_all(
         raise RunError(f"{len(failed)} of {len(left)} runs failed ({names}); the logs say why")
 
 
-def _start_worker(counter: Any, n_workers: int) -> None:
+_ending: Any = None
+"""An event: no group is to be begun."""
+
+
+def _start_worker(counter: Any, n_workers: int, ending: Any) -> None:
     """Give this worker its share of the cores; XLA makes as many threads as it may use cores. A
     terminal's Ctrl-C comes to all processes: the first one alone heeds it, and ends the others."""
+    global _ending
+    _ending = ending
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with counter.get_lock():
         index = counter.value
@@ -202,6 +211,8 @@ def _start_worker(counter: Any, n_workers: int) -> None:
 def _run(train: Train, group: Sequence[Job]) -> str:
     """Train the runs of a group, their output in a log beside the first one's folder -> what went
     wrong, or nothing."""
+    if _ending.is_set():
+        return "not begun"
     gc.collect()  # arrays of the group before lie in cycles, and the collector comes seldom
     for job in group:
         job.folder.parent.mkdir(parents=True, exist_ok=True)
