@@ -150,7 +150,7 @@ def table(results: Sequence[Result]) -> Table:
         shown.add_column(title, justify="left" if title in ("policy", "set") else "right")
     for result in results:
         e, metrics = result.evaluation, result.evaluation.metrics
-        cells = ["{:.1f} [{:.1f}, {:.1f}]".format(*(100 * x for x in e.intervals[f"eval/{name}"]))
+        cells = ["{:.1f} [{:.1f}–{:.1f}]".format(*(100 * x for x in e.intervals[f"eval/{name}"]))
                  for name in names]  # fmt: skip
         shown.add_row(
             result.policy, *([result.eval_set or "-"] * len(sets)), str(len(e.asked)), *cells,
