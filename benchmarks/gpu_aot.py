@@ -43,6 +43,8 @@ from gpu import Args as GpuArgs
 from gpu import rollout_of
 from scale_aot import apply_program, described, policy_shapes, sampler_programs
 
+from jgrpo.config import Config
+from jgrpo.policy.batch import Rows
 from jgrpo.policy.logprobs import _chunks
 from jgrpo.policy.mesh import make_mesh
 from jgrpo.update.learner import batches_of, parts_of, update_of
@@ -64,6 +66,8 @@ class Args:
 
     card: Literal["h100", "h200"] = "h200"
     programs: tuple[ProgramName, ...] = ("update", "decode", "prefill", "apply")
+    lengths: Literal["realistic", "full"] = "realistic"
+    """Of the rollout: that of gpu.py, or 32 x 8 completions as long as rank1.py lets them be."""
     micro_batch_size: int = 8
     attn: Literal["cudnn", "xla"] = "cudnn"
     gemm: Literal["triton", "cublas"] = "triton"
@@ -247,11 +251,23 @@ class Program:
 # -- our programs ----------------------------------------------------------------------------------
 
 
+def longest(config: Config) -> tuple[Config, Rows]:
+    """rank1.py's config, and a rollout of which all is as long as it may be."""
+    names = ("n_prompts_per_step", "group_size", "max_prompt_tokens", "max_tokens")
+    config = replace(config, **{name: getattr(Config(), name) for name in names})
+    n, c = config.n_completions_per_step, config
+    prompts = [[i // c.group_size] * c.max_prompt_tokens for i in range(n)]
+    logprobs = [[0.0] * c.max_tokens] * n
+    return c, Rows(prompts, [[0] * c.max_tokens] * n, logprobs, np.ones(n, np.float32))
+
+
 def lowered(args: Args, device: jax.Device) -> dict[str, tuple[Callable, list[float]]]:
     """Of each program how it is compiled, and the turns of its loops."""
     changes = {"micro_batch_size": args.micro_batch_size, "attn_implementation": args.attn,
                "gradient_checkpointing": args.checkpoint}  # fmt: skip
     config, rows = rollout_of(GpuArgs(out=Path()), **changes)
+    if args.lengths == "full":
+        config, rows = longest(config)
     shape, graph, adapters, base = policy_shapes("1.7b", config, args.members)
     mesh = make_mesh(1, [device])
     update = update_of([config] * args.members, graph, adapters, base, mesh=mesh)

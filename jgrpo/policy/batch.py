@@ -20,7 +20,7 @@ import numpy as np
 SMALLEST_BUCKET, SMALLEST_PROMPT, SMALLEST_ROW = 16, 64, 64
 EIGHTHS = (1, 2, 3, 5, 8)
 """How many tokens a micro-batch may have, in eighths of the most. Few: each is a compilation. The
-most itself is what a long rollout takes: the fewer micro-batches, the less is read and left over."""
+most is what a long rollout takes: the fewer micro-batches, the less is read and left over."""
 ROOM = 1.25
 """Rows have room for so many times its tokens: completions do not fill them."""
 SLOT_COST, BATCH_COST = 0.15, 32

@@ -37,8 +37,8 @@ pytestmark = pytest.mark.usefixtures("shared_compilation_cache")
 def test_the_largest_micro_batch_has_completions_as_long_as_they_may_be(root):
     config = tiny_config(root, micro_batch_size=8, max_tokens=20)
     batch = largest_micro_batch(config, [3, 18, 5, 7, 2, 18])
-    # At most 8 x bucket(38) = 384 tokens: in 3 + 8 rows of 64, which is more slots than a prompt and
-    # 5 rows, all of it computed. Eight completions are three to a row.
+    # At most 8 x bucket(38) = 384 tokens: in 3 + 8 rows of 64, which is more slots than a prompt
+    # and 5 rows, all of it computed. Eight completions are three to a row.
     assert (batch.prompts.shape, batch.rows.shape, batch.n_tokens) == ((3, 64), (8, 64), 384)
     assert batch.mask.sum() == 16 * 20  # two groups
     assert batch.mask.sum(axis=1).max() == 20
