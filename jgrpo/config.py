@@ -137,7 +137,7 @@ class Config:
     mask_truncated_completions: bool = False
     """Do not train on completions that max_tokens cut off."""
     use_dynamic_sampling: bool = False
-    """Replace prompts whose completions are all right or all wrong by others (DAPO)."""
+    """Replace prompts whose completions all got the same reward by others (DAPO)."""
     max_sampling_rounds: int = 4
     """Rollouts that dynamic sampling may spend on one step; then it takes what it has."""
 
