@@ -211,7 +211,7 @@ def _start_worker(counter: Any, n_workers: int, ending: Any) -> None:
 def _run(train: Train, group: Sequence[Job]) -> str:
     """Train the runs of a group, their output in a log beside the first one's folder -> what went
     wrong, or nothing."""
-    if _ending.is_set():
+    if _ending is not None and _ending.is_set():
         return "not begun"
     gc.collect()  # arrays of the group before lie in cycles, and the collector comes seldom
     for job in group:
