@@ -61,7 +61,10 @@ def command(config: Config, *, cpu: bool, max_loras: int = 1, head_dtype: str = 
         options["--hf-overrides"] = json.dumps({"head_dtype": head_dtype})
     flags = ["--enable-lora"]
     if cpu:
-        flags.append("--enforce-eager")  # starts in 35 s, not in 80 s + 30 s at the first request
+        # In the engine's own process (vLLM's default there, "mp", has another one, for which the
+        # engine waits on a second core): docs/performance.md.
+        options["--distributed-executor-backend"] = "uni"
+        flags.append("--enforce-eager")  # starts in 30 s, not in 80 s + 30 s at the first request
         # A seeded request whose prompt is cut by chunked prefill kills the engine (0.32): it turns
         # back the request's torch generator, and those of the CPU have no offset.
         flags.append("--no-enable-chunked-prefill")
@@ -75,11 +78,14 @@ def _port(url: SplitResult) -> int:
 
 def environment(inherited: Mapping[str, str], *, cpu: bool) -> dict[str, str]:
     """What the server needs in its environment, beyond (or in place of) what it inherits."""
-    ours = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
-    if cpu and not inherited.get("VLLM_CPU_KVCACHE_SPACE"):
+    on_cpu = {
         # Unset, vLLM takes most of the machine's memory, where the trainer may be at home too.
-        ours["VLLM_CPU_KVCACHE_SPACE"] = str(CPU_KVCACHE_GIB)
-    return ours
+        "VLLM_CPU_KVCACHE_SPACE": str(CPU_KVCACHE_GIB),
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # or "uni" is taken for "mp"
+        "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),  # unset, torch has one thread there
+    }
+    ours = {name: value for name, value in on_cpu.items() if cpu and not inherited.get(name)}
+    return {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True", **ours}
 
 
 def runs_on_cpu(*, or_none: bool = False) -> bool:

@@ -5,6 +5,7 @@ The second half needs vLLM; without it those tests are skipped.
 
 import importlib.metadata
 import importlib.util
+import os
 import shlex
 import sys
 from dataclasses import dataclass
@@ -47,6 +48,8 @@ def test_the_command_holds_what_the_config_needs():
     assert option(words, "--logprobs-mode") == "processed_logprobs"
     assert "--enable-lora" in words
     assert "--enforce-eager" not in words
+    assert "--distributed-executor-backend" not in words
+    assert option(serve.command(CONFIG, cpu=True), "--distributed-executor-backend") == "uni"
     assert "--enforce-eager" in serve.command(CONFIG, cpu=True)
     assert "--no-enable-chunked-prefill" in serve.command(CONFIG, cpu=True)
     assert "--hf-overrides" not in words
@@ -57,8 +60,13 @@ def test_the_command_holds_what_the_config_needs():
 def test_the_environment_allows_adapters_and_leaves_memory_to_the_trainer():
     lora = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
     assert serve.environment({}, cpu=False) == lora
-    assert serve.environment({}, cpu=True) == {**lora, "VLLM_CPU_KVCACHE_SPACE": "4"}
-    assert serve.environment({"VLLM_CPU_KVCACHE_SPACE": "9"}, cpu=True) == lora
+    engine = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),
+    }
+    assert serve.environment({}, cpu=True) == lora | engine | {"VLLM_CPU_KVCACHE_SPACE": "4"}
+    assert serve.environment({"VLLM_CPU_KVCACHE_SPACE": "9"}, cpu=True) == lora | engine
+    assert serve.environment({"OMP_NUM_THREADS": "3"}, cpu=False) == lora
 
 
 @pytest.fixture

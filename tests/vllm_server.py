@@ -22,7 +22,12 @@ import httpx
 from jgrpo.config import Config
 from jgrpo.serve import command, environment, runs_on_cpu
 
-SMALL = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+SMALL = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",  # the models are small, and other tests run beside
+}
 """What a server of tests finds in its environment, unless something else is there."""
 
 
