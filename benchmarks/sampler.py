@@ -27,8 +27,9 @@ from jgrpo.rollout.vllm import VllmSampler
 from jgrpo.run.policy import Policy, open_policy
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from vllm_server import vllm_server
+from vllm_server import SMALL, vllm_server
 
+del SMALL["OMP_NUM_THREADS"]  # as many as `jgrpo.serve` gives it, not the one of tests
 ROOT = Path(__file__).parents[1]
 TINY_BASE = Path(jgrpo.__file__).with_name("tiny") / "base"
 
