@@ -62,7 +62,7 @@ def command(config: Config, *, cpu: bool, max_loras: int = 1, head_dtype: str = 
     flags = ["--enable-lora"]
     if cpu:
         # In the engine's own process (vLLM's default there, "mp", has another one, for which the
-        # engine waits on a second core): docs/performance.md.
+        # engine waits on a second core): docs/log.md.
         options["--distributed-executor-backend"] = "uni"
         flags.append("--enforce-eager")  # starts in 30 s, not in 80 s + 30 s at the first request
         # A seeded request whose prompt is cut by chunked prefill kills the engine (0.32): it turns

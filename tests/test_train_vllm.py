@@ -368,42 +368,43 @@ def kill_in_step(step: int, url: str, monkeypatch) -> threading.Event:
     return killed
 
 
-def test_a_killed_server_is_waited_for_or_ends_the_run_with_a_checkpoint(
+def test_a_killed_server_ends_the_run_with_a_checkpoint_or_is_waited_for(
     config, url, run, monkeypatch, tmp_path, capsys
 ):
-    """The last test with this server, because it kills it: it comes back, and the run goes on; then
-    again, and it stays away for longer than the run waits."""
-    config = dataclasses.replace(config, vllm_url=url, vllm_timeout_s=300.0)
-    with contextlib.ExitStack() as stack, monkeypatch.context() as patch:
-        killed = kill_in_step(3, url, patch)
+    """The last test with this server, because it kills it: first for longer than the run waits,
+    then, as the run is resumed, again, and this time it comes back."""
+    config = dataclasses.replace(config, vllm_url=url, vllm_timeout_s=10.0)
+    message = r"jgrpo\.serve[^$]*stopped after step 1; to go on: "
+    with monkeypatch.context() as patch:
+        kill_in_step(2, url, patch)
+        with pytest.raises(RunError, match=message) as error:
+            train(config)
+    stopped = Path(str(error.value).split()[-1])
+    checkpoints = Checkpoints(stopped)
+    assert checkpoints.steps()[-1] == 1
+    checkpoints.close()
+
+    with contextlib.ExitStack() as stack, served(config, tmp_path / "log", url=url):
+        killed = kill_in_step(3, url, monkeypatch)
 
         def start_again() -> None:
             if killed.wait(120):
-                stack.enter_context(served(config, tmp_path / "log", url=url))
+                stack.enter_context(served(config, tmp_path / "log again", url=url))
 
         starter = threading.Thread(target=start_again)
         starter.start()
-        whole = train(config)
+        stack.callback(starter.join)
+        train(dataclasses.replace(config, vllm_timeout_s=300.0), resume=stopped)
         assert killed.is_set()
-        starter.join()
         assert adapters_on(url) == []
-        check_files(whole, STEPS)
-        assert all(row["sampler/logprob_diff_max"] < 1e-3 for row in steps_of(whole))
-        for name in (f"step_{step:06d}.jsonl" for step in range(1, STEPS + 1)):
-            rows = [read_lines(folder / "rollouts" / name) for folder in (run, whole)]
-            assert [row["prompt"] for row in rows[0]] == [row["prompt"] for row in rows[1]]
-        told = capsys.readouterr().out
-        assert "still trying, for 300 s more" in told
-        assert told.count("lost our adapter") == 1
-
-        patch.undo()
-        kill_in_step(2, url, patch)
-        message = r"jgrpo\.serve[^$]*stopped after step 1; to go on: "
-        with pytest.raises(RunError, match=message) as error:
-            train(dataclasses.replace(config, vllm_timeout_s=10.0))
-    checkpoints = Checkpoints(Path(str(error.value).split()[-1]))
-    assert checkpoints.steps()[-1] == 1
-    checkpoints.close()
+    check_files(stopped, STEPS)
+    assert all(row["sampler/logprob_diff_max"] < 1e-3 for row in steps_of(stopped))
+    for name in (f"step_{step:06d}.jsonl" for step in range(1, STEPS + 1)):
+        rows = [read_lines(folder / "rollouts" / name) for folder in (run, stopped)]
+        assert [row["prompt"] for row in rows[0]] == [row["prompt"] for row in rows[1]]
+    told = capsys.readouterr().out
+    assert "still trying, for 300 s more" in told
+    assert told.count("lost our adapter") == 1
 
 
 @pytest.mark.slow
