@@ -48,8 +48,9 @@ class Decoding(NamedTuple):
     done: jax.Array
     """bool [P, G]"""
     keys: jax.Array
-    """[L, P, G, K, U, C]"""
+    """[L, P, G, K, C, U]: so that a product's sums lie beside each other"""
     values: jax.Array
+    """[L, P, G, K, U, C]"""
 
 
 def row_keys(seeds: jax.Array, *, group_size: int) -> jax.Array:
@@ -110,7 +111,7 @@ def first_tokens(stops, logits, prefix, keys, real, temperature, top_p, *, group
     traced("first tokens", f"rows {p} x {group_size}")
     logits = jnp.broadcast_to(logits[:, None], (p, group_size, logits.shape[-1]))
     token, logprob = _pick(logits, keys, 0, temperature, top_p, greedy)
-    empty = jnp.zeros((layers, p, group_size, kv_heads, 1, c), prefix.keys.dtype)
+    empty = jnp.zeros((layers, p, group_size, kv_heads, c, 1), prefix.keys.dtype)
     return Decoding(
         t=jnp.ones((), jnp.int32),
         tokens=token[..., None].astype(jnp.int32),
@@ -118,7 +119,7 @@ def first_tokens(stops, logits, prefix, keys, real, temperature, top_p, *, group
         lengths=jnp.ones((p, group_size), jnp.int32),
         done=jnp.isin(token, jnp.array(stops)) | ~real[:, None],
         keys=empty,
-        values=empty,
+        values=jnp.swapaxes(empty, 4, 5),
     )
 
 
@@ -146,7 +147,7 @@ def decode(
             logprobs=put(s.logprobs, logprob, s.t, 2),
             lengths=s.lengths + ~s.done,
             done=s.done | jnp.isin(token, jnp.array(stops)),
-            keys=put(s.keys, k, s.t - 1, 4),
+            keys=put(s.keys, k, s.t - 1, 5),
             values=put(s.values, v, s.t - 1, 4),
         )
         return s, needed(s.done)
@@ -165,7 +166,7 @@ def grown(state: Decoding, *, capacity: int) -> Decoding:
     return state._replace(
         tokens=grow(state.tokens, 2),
         logprobs=grow(state.logprobs, 2),
-        keys=grow(state.keys, 4),
+        keys=grow(state.keys, 5),
         values=grow(state.values, 4),
     )
 
@@ -214,8 +215,7 @@ def taken(x, places, *, axis: int, group_size: int, whole_groups: bool) -> jax.A
 
 def _attend_cached(prompt_lengths, n_cached, q, k, v, cache: Any):
     """One new token a row: q [P, G, H, C], its own k and v [P, G, K, C], and this layer's cache:
-    the prompt's keys and values [P, S, K, C], shared by the group, and the row's [P, G, K, U, C].
-    """
+    the prompt's keys and values [P, S, K, C], shared by the group, and the row's as in `Decoding`."""
     prompt_k, prompt_v, row_k, row_v = cache
     p, g, h, c = q.shape
     q = q.reshape(p, g, k.shape[2], -1, c)
@@ -223,7 +223,7 @@ def _attend_cached(prompt_lengths, n_cached, q, k, v, cache: Any):
     on_prompt = jnp.einsum("pgkhc,pskc->pgkhs", q, prompt_k, **f32)
     on_row = _scores(q, row_k)
     on_self = jnp.einsum("pgkhc,pgkc->pgkh", q, k, **f32)[..., None]
-    s, u = prompt_k.shape[1], row_k.shape[3]
+    s, u = prompt_k.shape[1], row_k.shape[-1]
     in_prompt = (jnp.arange(s) < prompt_lengths[:, None])[:, None, None, None]
     on_prompt = jnp.where(in_prompt, on_prompt, MASKED)
     on_row = jnp.where(jnp.arange(u) < n_cached, on_row, MASKED)
@@ -236,11 +236,11 @@ def _attend_cached(prompt_lengths, n_cached, q, k, v, cache: Any):
 
 
 def _scores(q, row_k):
-    """q [P, G, K, H / K, C] on the row's keys [P, G, K, U, C], float32 [P, G, K, H / K, U]."""
+    """q [P, G, K, H / K, C] on the row's keys [P, G, K, C, U], float32 [P, G, K, H / K, U]."""
     if backend().cache_by_products:
-        return jnp.einsum("pgkhc,pgkuc->pgkhu", q, row_k, preferred_element_type=jnp.float32)
-    q, row_k = (x.astype(jnp.float32) for x in (q[..., None, :], row_k[:, :, :, None]))
-    return (q * row_k).sum(axis=-1)
+        return jnp.einsum("pgkhc,pgkcu->pgkhu", q, row_k, preferred_element_type=jnp.float32)
+    q, row_k = (x.astype(jnp.float32) for x in (q[..., None], row_k[:, :, :, None]))
+    return (q * row_k).sum(axis=-2)
 
 
 def _weighed(weights, row_v):
