@@ -215,7 +215,8 @@ def taken(x, places, *, axis: int, group_size: int, whole_groups: bool) -> jax.A
 
 def _attend_cached(prompt_lengths, n_cached, q, k, v, cache: Any):
     """One new token a row: q [P, G, H, C], its own k and v [P, G, K, C], and this layer's cache:
-    the prompt's keys and values [P, S, K, C], shared by the group, and the row's as in `Decoding`."""
+    the prompt's keys and values [P, S, K, C], shared by the group, and the row's as in `Decoding`.
+    """
     prompt_k, prompt_v, row_k, row_v = cache
     p, g, h, c = q.shape
     q = q.reshape(p, g, k.shape[2], -1, c)
