@@ -337,6 +337,30 @@ def test_members_through_one_server_each_sample_from_their_own_adapter(
         train_together(same_rank)
 
 
+def test_adapters_that_are_mixed_up_in_mid_run_end_it_there(config, url, tmp_path, monkeypatch):
+    """Two seeds whose policies are nearer to each other than any limit on a step's mean gap."""
+    real = VllmSampler.load
+
+    def load(self, *folders):
+        swapped = folders[0].name == "step_000003"
+        real(self, *(folders[::-1] if swapped else folders))
+
+    monkeypatch.setattr(VllmSampler, "load", load)
+    plain = dataclasses.replace(
+        config, vllm_url=url, n_grpo_steps=4, n_prompts_per_step=2, lr=1e-5, eval_every=0,
+        max_mean_logprob_diff=1.0, check_stale=False,
+    )  # fmt: skip
+    runs = [tmp_path / name for name in ("first", "second")]
+    with pytest.raises(RunError, match=r"first is .* of second; second is .* of first \(3 looks"):
+        train_together([
+            dataclasses.replace(plain, seed=i, run_dir=str(run)) for i, run in enumerate(runs)
+        ])  # fmt: skip
+    rows = steps_of(runs[0])
+    assert [row["step"] for row in rows] == [1, 2]
+    assert all(row["sampler/logprob_diff_mean"] < 1e-5 for row in rows)
+    assert adapters_on(url) == []
+
+
 # -- a server that is killed --------------------------------------------------------------------
 
 

@@ -64,7 +64,7 @@ def read_variants(names: Sequence[str], folder: Path) -> list[Variant]:
         changes: dict[str, Any] = {}
         about = []
         for part in parts_of(name):
-            new, text = _part(part, folder)
+            new, text = _part(part, folder) if part != BASELINE else ({}, "the config as it is")
             if twice := sorted(k for k in changes.keys() & new.keys() if changes[k] != new[k]):
                 raise InputError(f"variant {name}: two of its parts set {', '.join(twice)}")
             changes |= new

@@ -38,6 +38,11 @@ def test_the_changes_apply_to_any_base():
     assert variant.about == "rank1.py with the soft length penalty in the reward (DAPO)"
 
 
+def test_the_baseline_is_the_config_itself_whatever_that_is_for():
+    [rank1] = read_variants(("rank1",), CONFIGS)
+    assert rank1.about == "the config as it is"
+
+
 def test_a_variant_is_compared_with_what_it_builds_on():
     a, b, c = read_variants(("rank1", "four_updates", "four_updates+clip"), CONFIGS)
     assert [v.reference for v in (a, b, c)] == ["rank1", "rank1", "four_updates"]
