@@ -470,6 +470,11 @@ def test_an_undecided_row_says_how_many_seeds_it_would_take():
     assert says == "undecided: ± 2 points would take about 19 seeds"
 
 
+def test_an_undecided_row_of_a_narrow_interval_asks_for_no_fewer_seeds_than_it_has():
+    says = report.verdict(report.Interval(0.009, 0.013, 10), report.Interval(0, 0.1, 10), "", 0.02)
+    assert says == "undecided by little: 2 points lie in its interval"
+
+
 def ended(run_dir: Path, *adapters, tokens=(1, 2, 3)) -> Path:
     """A run folder: a step's adapter for each, from zeros, and a completion of one token each."""
     for step, values in enumerate((np.zeros_like(adapters[0]), *adapters)):

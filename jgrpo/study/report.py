@@ -132,6 +132,8 @@ def verdict(gain: Interval, soon: Interval, same: str, margin: float) -> str:
         return f"contradicts: it gains more than {100 * margin:g} points" + learns
     if high <= margin:
         return f"supports: no gain above {100 * margin:g} points" + learns
+    if gain.half <= margin:
+        return f"undecided by little: {100 * margin:g} points lie in its interval" + learns
     n = gain.seeds_for(margin)
     return f"undecided: ± {100 * margin:g} points would take about {n} seeds" + learns
 
