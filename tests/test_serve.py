@@ -106,6 +106,9 @@ def test_with_several_adapters_there_is_room_for_a_step_s_and_the_next_one_s(
     serve.main(["--config", config_file, "--max_loras", "3", "--rollouts_ahead", "2", "--print"])
     words = shlex.split(capsys.readouterr().out)
     assert [option(words, name) for name in names[:2]] == ["9", "18"]
+    assert "--max-num-seqs" not in words  # a GPU's default stays
+    on_cpu = serve.command(CONFIG, cpu=True, max_loras=8)
+    assert option(on_cpu, "--max-num-seqs") == str(8 * 128)
     with pytest.raises(InputError, match="--max_loras 0"):
         serve.main(["--config", config_file, "--max_loras", "0"])
 
