@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -202,12 +203,18 @@ What each variant is:
 
 
 def show(console: Console, header: Sequence[str], body: Sequence[Sequence[object]]) -> None:
-    """A table whose names are whole; what is too wide for the terminal goes on below."""
-    shown = Table()
-    for i, title in enumerate(header):
-        shown.add_column(title, no_wrap=i == 0, overflow="fold")
-    for row in body:
-        shown.add_row(*(str(cell).strip("`") for cell in row))
+    """A table whose names are whole, and numbers where there is room; what is too wide for the
+    terminal goes on below."""
+    lines = [[str(cell).strip("`") for cell in line] for line in (header, *body)]
+    columns = [*zip(*lines, strict=True)]
+    words = [max(len(word) for cell in column for word in cell.split()) for column in columns]
+    there_is_room = sum(words) + 3 * len(words) <= console.width
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for i, (title, *_) in enumerate(columns):
+        width = words[i] if there_is_room else None
+        shown.add_column(title, no_wrap=i == 0, overflow="fold", min_width=width)
+    for line in lines[1:]:
+        shown.add_row(*line)
     console.print(shown)
 
 
