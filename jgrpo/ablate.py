@@ -210,9 +210,9 @@ def show(console: Console, header: Sequence[str], body: Sequence[Sequence[object
     words = [max(len(word) for cell in column for word in cell.split()) for column in columns]
     there_is_room = sum(words) + 3 * len(words) <= console.width
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for i, (title, *_) in enumerate(columns):
-        width = words[i] if there_is_room else None
-        shown.add_column(title, no_wrap=i == 0, overflow="fold", min_width=width)
+    for i, (title, width) in enumerate(zip(header, words, strict=True)):
+        least = width if there_is_room else None
+        shown.add_column(title, no_wrap=i == 0, overflow="fold", min_width=least)
     for line in lines[1:]:
         shown.add_row(*line)
     console.print(shown)

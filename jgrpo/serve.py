@@ -32,6 +32,9 @@ from jgrpo.rollout.fleet import Member, keep_running
 Command = Callable[[Config], list[str]]
 """`command` of a config, for this machine and so many adapters."""
 CPU_KVCACHE_GIB = 4
+CPU_SEQUENCES = 128
+"""At once, of each adapter. vLLM's default is as many for all of them together, so that members would
+wait for each other (docs/log.md)."""
 
 
 def command(config: Config, *, cpu: bool, max_loras: int = 1, head_dtype: str = "") -> list[str]:
@@ -64,8 +67,7 @@ def command(config: Config, *, cpu: bool, max_loras: int = 1, head_dtype: str = 
         # In the engine's own process (vLLM's default there, "mp", has another one, for which the
         # engine waits on a second core): docs/log.md.
         options["--distributed-executor-backend"] = "uni"
-        # vLLM's default there for one adapter; all rows of a step share what a pass costs.
-        options["--max-num-seqs"] = 128 * max_loras
+        options["--max-num-seqs"] = CPU_SEQUENCES * max_loras
         flags.append("--enforce-eager")  # starts in 30 s, not in 80 s + 30 s at the first request
         # A seeded request whose prompt is cut by chunked prefill kills the engine (0.32): it turns
         # back the request's torch generator, and those of the CPU have no offset.

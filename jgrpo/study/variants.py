@@ -64,7 +64,7 @@ def read_variants(names: Sequence[str], folder: Path) -> list[Variant]:
         changes: dict[str, Any] = {}
         about = []
         for part in parts_of(name):
-            new, text = _part(part, folder) if part != BASELINE else ({}, "the config as it is")
+            new, text = _part(part, folder)
             if twice := sorted(k for k in changes.keys() & new.keys() if changes[k] != new[k]):
                 raise InputError(f"variant {name}: two of its parts set {', '.join(twice)}")
             changes |= new
@@ -75,6 +75,8 @@ def read_variants(names: Sequence[str], folder: Path) -> list[Variant]:
 
 def _part(part: str, folder: Path) -> tuple[dict[str, Any], str]:
     """What one part changes, and a word on it."""
+    if part == BASELINE:
+        return {}, "the config as it is"
     field, equals, value = part.partition("=")
     if equals:
         if field not in {f.name for f in dataclasses.fields(Config)}:
