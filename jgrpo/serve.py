@@ -33,8 +33,8 @@ Command = Callable[[Config], list[str]]
 """`command` of a config, for this machine and so many adapters."""
 CPU_KVCACHE_GIB = 4
 CPU_SEQUENCES = 128
-"""At once, of each adapter. vLLM's default is as many for all of them together, so that members would
-wait for each other (docs/log.md)."""
+"""At once, of each adapter. vLLM's default is as many for all of them together, so that members
+would wait for each other (docs/log.md)."""
 
 
 def command(config: Config, *, cpu: bool, max_loras: int = 1, head_dtype: str = "") -> list[str]:
