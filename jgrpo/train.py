@@ -10,11 +10,13 @@ from jgrpo.errors import RunError, exit_status, no_more_interrupts, stop_at_once
 if __name__ == "__main__":
     stop_at_once()
 from jgrpo import cli
+from jgrpo.run.without_torch import leave_out_torch
 
 if __name__ == "__main__":  # before JAX is imported: help and mistakes are answered at once
     cli.tune_allocator()
     with exit_status():
         COMMAND = cli.parse(cli.Train)
+        leave_out_torch(COMMAND.members)
 
 import shutil
 from collections.abc import Sequence

@@ -33,6 +33,7 @@ from jgrpo.config import Config
 from jgrpo.errors import InputError, RunError, interruptible, no_more_interrupts, printable
 from jgrpo.members import shared_options
 from jgrpo.run.rundir import jsonable, read_config, read_metrics, write_whole
+from jgrpo.run.without_torch import leave_out_torch
 from jgrpo.study.fit import what_fits
 from jgrpo.study.variants import Variant
 
@@ -157,11 +158,11 @@ def run_all(
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
                TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())  # fmt: skip
     failed: dict[str, str] = {}
-    workers, ending = context.Value("i", 0), context.Event()
+    workers, ending, configs = context.Value("i", 0), context.Event(), [job.config for job in left]
     with (
         Progress(*columns, console=console, speed_estimate_period=3600) as bar,
         ProcessPoolExecutor(
-            n_workers, context, _start_worker, (workers, n_workers, ending)
+            n_workers, context, _start_worker, (workers, n_workers, ending, configs)
         ) as pool,
     ):
         task = bar.add_task("runs", total=len(left))
@@ -193,11 +194,12 @@ _ending: Any = None
 """An event: no group is to be begun."""
 
 
-def _start_worker(counter: Any, n_workers: int, ending: Any) -> None:
+def _start_worker(counter: Any, n_workers: int, ending: Any, configs: list[Config]) -> None:
     """Give this worker its share of the cores; XLA makes as many threads as it may use cores. A
     terminal's Ctrl-C comes to all processes: the first one alone heeds it, and ends the others."""
     global _ending
     _ending = ending
+    leave_out_torch(configs)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with counter.get_lock():
         index = counter.value
