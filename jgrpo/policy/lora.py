@@ -135,14 +135,22 @@ def rank_of(adapter: nnx.State) -> int:
     return next(leaf.shape[-1] for path, leaf in flat if path[-1] == "lora_A")
 
 
+@jax.jit
 def stacked_up(trees: Sequence[Tree]) -> Tree:
     """Trees of one shape as one, with a leading axis."""
     return jax.tree.map(lambda *x: jnp.stack(x), *trees)
 
 
+@jax.jit
 def nth(tree: Tree, e: int) -> Tree:
     """One of those."""
-    return jax.tree.map(lambda x: x[e], tree)
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, e, keepdims=False), tree)
+
+
+@jax.jit
+def with_nth(tree: Tree, e: int, one: Tree) -> Tree:
+    """Those, with another one in its place."""
+    return jax.tree.map(lambda x, new: x.at[e].set(new), tree, one)
 
 
 def with_rank(tree: Tree, rank: int) -> Tree:

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -154,8 +155,13 @@ def model_config(folder: Path) -> ModelConfig:
 
 def abstract_model(folder: Path, **options: Any) -> Decoder:
     """The model of a folder as shapes and types alone, without an array; options of Decoder."""
-    config = model_config(folder)
-    return nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), **options))
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+    return nnx.merge(*_traced_model(model_config(folder), **given))
+
+
+@lru_cache(maxsize=8)
+def _traced_model(config: ModelConfig, **options: Any) -> tuple[nnx.GraphDef, nnx.State]:
+    return nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), **options)))
 
 
 def load_model(

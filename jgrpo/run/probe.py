@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -189,17 +189,15 @@ def _probe_adapter(policy: Policy, e: int, prompts: list[list[int]], config: Con
     """A random adapter with B as large as it takes to shift the prompts' logprobs visibly; on a
     model that is nearly uniform whatever its input, half as far as it can be shifted."""
     like, seed = with_rank(nth(policy.adapter, e), config.lora_r), config.seed + 1 + 1000 * e
-    fresh = nnx.to_flat_state(fresh_adapter(like, seed))
-    keys = jax.random.split(jax.random.key(seed), len(fresh))
+    fresh, rng = nnx.to_flat_state(fresh_adapter(like, seed)), np.random.default_rng(seed)
+    noise = [rng.standard_normal(leaf.shape, np.float32) for _, leaf in fresh]
     heads, tails = [p[:1] for p in prompts], [p[1:] for p in prompts]
     before = _logprobs(policy, e, switched_off(like), heads, tails, 1.0)
 
     def scaled(power: int) -> nnx.State:
         return nnx.from_flat_state(
-            (path, leaf.replace(2.0**power * jax.random.normal(key, leaf.shape)))
-            if path[-1] == "lora_B"
-            else (path, leaf)
-            for key, (path, leaf) in zip(keys, fresh, strict=True)
+            (path, leaf.replace(jnp.asarray(2.0**power * x)) if path[-1] == "lora_B" else leaf)
+            for x, (path, leaf) in zip(noise, fresh, strict=True)
         )
 
     shifts: dict[int, float] = {}

@@ -11,7 +11,6 @@ from jgrpo.checks import unread, without_effect
 from jgrpo.config import Config
 from jgrpo.errors import InputError, short
 from jgrpo.run.checkpoint import Checkpoints
-from jgrpo.run.curves import draw
 from jgrpo.run.rundir import (
     adapter_folder,
     add_resume,
@@ -139,10 +138,17 @@ class Record:
     def finish(self, log: RunLog) -> None:
         """The learning curve, and where everything is."""
         picture, unfinished = self.run_dir / "curves.png", self.run_dir / ".curves.png.tmp"
-        draw({self.run_dir.name: read_metrics(self.run_dir)}).savefig(unfinished, format="png")
+        save_curves(self.run_dir, unfinished)
         unfinished.replace(picture)
         last = sorted((self.run_dir / "adapters").iterdir())[-1]
         log.info(f"learning curve: {short(picture)}\nadapter: {short(last)}")
+
+
+def save_curves(run_dir: Path, file: Path) -> None:
+    """Draw a run's learning curves into a PNG."""
+    from jgrpo.run.curves import draw  # matplotlib, for which the start of a run need not wait
+
+    draw({run_dir.name: read_metrics(run_dir)}).savefig(file, format="png")
 
 
 def where_it_went(shares: dict[str, float], config: Config) -> str:

@@ -23,7 +23,7 @@ from jgrpo.config import Config
 from jgrpo.losses import LOSSES
 from jgrpo.policy.attention import chosen
 from jgrpo.policy.batch import MicroBatch, Rows, completion_mask, micro_batches, with_signal
-from jgrpo.policy.lora import nth, stacked_up, switched_off, with_rank
+from jgrpo.policy.lora import nth, stacked_up, switched_off, with_nth, with_rank
 from jgrpo.policy.mesh import here, make_mesh, placed
 from jgrpo.update.optimizer import adam, learning_rate
 from jgrpo.update.programs import Loss, Objective, Tree
@@ -188,8 +188,7 @@ class Learner:
         rank = max(c.lora_r for c in self.configs)
         now = self.adapters, self.opt_states
         state = with_rank(jax.device_get(state), rank)
-        new = jax.tree.map(lambda all_, x: all_.at[e].set(x), now, state)
-        self.adapters, self.opt_states = new
+        self.adapters, self.opt_states = with_nth(now, e, state)
 
     @cached_property
     def ref(self) -> nnx.State:

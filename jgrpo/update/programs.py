@@ -98,6 +98,11 @@ class Programs:
         return on_each(self.mesh, self._optimizer_steps, given, "all", donated=(0, 1))
 
     @cached_property
+    def init(self) -> Any:
+        """Adapters -> the states of their optimizers."""
+        return jax.jit(jax.vmap(self.optimizer.init))
+
+    @cached_property
     def of_all_devices(self) -> Any:
         """Sums of each device -> of all."""
         return on_each(self.mesh, self._of_all, ["each"], "all")

@@ -20,7 +20,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jgrpo.policy.backend import backend
-from jgrpo.policy.batch import MicroBatch, emptied
+from jgrpo.policy.batch import MicroBatch, bucket, emptied
 from jgrpo.policy.mesh import (
     collected,
     dealt,
@@ -109,7 +109,7 @@ class Update:
 
     def init(self, adapters: Tree) -> Tree:
         """The optimizer states of [E, ...] adapters."""
-        return jax.vmap(self.programs.optimizer.init)(adapters)
+        return self.programs.init(adapters)
 
     def logprobs(self, adapters, base, batches: Sequence[MicroBatch]) -> Arrays:
         """A forward pass alone: the policies' logprobs."""
@@ -175,6 +175,12 @@ class Update:
 def loss_denominator(loss: Loss, mask: np.ndarray) -> float:
     """The denominator for all completions: it depends on their lengths alone (mask [N, T]). At
     least 1, so that where nothing is trained the loss is 0."""
+    wider = bucket(mask.shape[1]) - mask.shape[1]  # or each longest length would be compiled for
+    return max(1.0, float(_denominator(loss, np.pad(mask, ((0, 0), (0, wider))))))
+
+
+@jax.jit(static_argnums=0)
+def _denominator(loss: Loss, mask: jax.Array) -> jax.Array:
     zeros = jnp.zeros(mask.shape)
     arrays = {"sampler_logprobs": zeros, "entropies": zeros}
-    return max(1.0, float(loss(zeros, zeros, jnp.zeros(len(mask)), jnp.asarray(mask), **arrays)[1]))
+    return loss(zeros, zeros, zeros[:, 0], mask, **arrays)[1]
