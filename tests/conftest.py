@@ -21,10 +21,9 @@ os.environ["XLA_FLAGS"] = (
     + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     + " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
 )
-if (shared := os.environ.get("JAX_COMPILATION_CACHE_DIR")) and (
-    worker := os.environ.get("PYTEST_XDIST_WORKER")
-):  # JAX does not write it atomically: another worker would read what is half there
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{shared}/{worker}"
+# Of what a test compiles, few other tests compile the same, and writing it down took a sixth of the
+# time. `shared_compilation_cache` is for tests that start several processes of one config.
+os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
 
 from collections import Counter
 from itertools import groupby
@@ -43,7 +42,7 @@ import jgrpo
 from jgrpo.answers.grader import Grader
 from jgrpo.policy.batch import MicroBatch, Rows, Shape, _fill, _pack, bucket
 from jgrpo.policy.lora import LoRAParam, nth, split, stacked_up
-from jgrpo.run import session
+from jgrpo.run import record, session
 from jgrpo.update.learner import Learner
 from jgrpo.update.step import Update
 
@@ -298,11 +297,10 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def shared_compilation_cache(tmp_path_factory):
-    """That of the environment, else one for this session, not the user's: what one test compiles,
-    the next ones load."""
+    """For the processes that tests start: what one compiles, the next ones load."""
     with pytest.MonkeyPatch.context() as patch:
-        if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-            patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "xla"))
+        patch.setenv("JAX_ENABLE_COMPILATION_CACHE", "true")
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "xla"))
         yield
 
 
@@ -325,6 +323,23 @@ def kept_grader():
         yield
     for grader in opened:
         grader.close()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kept_picture():
+    """The runs of a process end with the picture of the first: to draw one takes longer than a step
+    of theirs (run/test_curves.py is of what is drawn)."""
+    real, first = record.save_curves, []
+
+    def save_curves(run_dir: Path, file: Path) -> None:
+        if not first:
+            real(run_dir, file)
+            first.append(file.read_bytes())
+        file.write_bytes(first[0])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(record, "save_curves", save_curves)
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -37,7 +37,6 @@ from jgrpo.run.rundir import read_config, read_metrics
 from jgrpo.train import dry_run, train
 from jgrpo.update.learner import ref_adapter
 
-pytestmark = pytest.mark.usefixtures("shared_compilation_cache")
 TARGETS = ("q_proj", "v_proj", "down_proj")
 
 

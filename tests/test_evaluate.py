@@ -24,8 +24,6 @@ from jgrpo.run.rundir import kept_adapters, read_metrics
 from jgrpo.run.sampler import each_policy
 from jgrpo.train import train
 
-pytestmark = pytest.mark.usefixtures("shared_compilation_cache")
-
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):

@@ -24,8 +24,6 @@ from jgrpo.members import OWN, check_together, differing
 from jgrpo.run.rundir import read_metrics
 from jgrpo.train import train, train_together
 
-pytestmark = pytest.mark.usefixtures("shared_compilation_cache")
-
 
 def configs(root) -> list[Config]:
     plain = tiny_config(root)
@@ -37,12 +35,10 @@ def configs(root) -> list[Config]:
 
 
 @pytest.fixture(scope="module")
-def runs(root, tmp_path_factory):
+def runs(root):
     """Three runs side by side, and the first two of them alone."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "xla"))
-        company = train_together(configs(root))
-        return company, [train(config) for config in configs(root)[:2]]
+    company = train_together(configs(root))
+    return company, [train(config) for config in configs(root)[:2]]
 
 
 def completions(run: Path, step: int) -> list[str]:

@@ -27,8 +27,6 @@ from jgrpo.run.rundir import read_metrics
 from jgrpo.run.screen import _Console
 from jgrpo.train import train
 
-pytestmark = pytest.mark.usefixtures("shared_compilation_cache")
-
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):

@@ -21,8 +21,6 @@ from jgrpo.replay import difference, replay
 from jgrpo.run.rundir import read_metrics
 from jgrpo.train import train
 
-pytestmark = pytest.mark.usefixtures("shared_compilation_cache")
-
 
 @pytest.fixture(scope="module")
 def run(root):

@@ -35,7 +35,6 @@ from jgrpo.run.rundir import run_id, write_config
 from jgrpo.run.session import open_problems
 from jgrpo.train import train
 
-pytestmark = pytest.mark.usefixtures("shared_compilation_cache")
 ROOT = Path(__file__).parent.parent
 KEY = "sk-never-to-be-written"
 

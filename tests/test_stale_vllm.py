@@ -17,7 +17,6 @@ from jgrpo.run.rundir import read_metrics
 from jgrpo.train import train
 
 pytestmark = [
-    pytest.mark.usefixtures("shared_compilation_cache"),
     pytest.mark.vllm,
     pytest.mark.slow,
     pytest.mark.skipif(

@@ -49,8 +49,6 @@ ROLLOUT_FIELDS = {
     "finish_reason",
 }  # fmt: skip
 
-pytestmark = pytest.mark.usefixtures("shared_compilation_cache")
-
 
 @pytest.fixture(scope="module")
 def run(root):

@@ -51,7 +51,6 @@ from jgrpo.train import train, train_together
 from jgrpo.update import Learner
 
 pytestmark = [
-    pytest.mark.usefixtures("shared_compilation_cache"),
     pytest.mark.vllm,
     pytest.mark.skipif(
         importlib.util.find_spec("vllm") is None,

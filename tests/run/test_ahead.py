@@ -37,7 +37,6 @@ from jgrpo.run.session import open_session
 from jgrpo.study.compare import read_rollouts, saved_rows
 from jgrpo.train import new_learner, train, train_together
 
-pytestmark = pytest.mark.usefixtures("shared_compilation_cache")
 STEPS = 4
 
 

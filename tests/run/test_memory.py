@@ -31,8 +31,6 @@ from jgrpo.run.sampler import sampled_at_once
 from jgrpo.train import dry_run, train
 from jgrpo.update.step import Update
 
-pytestmark = pytest.mark.usefixtures("shared_compilation_cache")
-
 
 def test_the_largest_micro_batch_has_completions_as_long_as_they_may_be(root):
     config = tiny_config(root, micro_batch_size=8, max_tokens=20)

@@ -25,7 +25,7 @@ ROUNDING = 1e-6
 
 
 @pytest.fixture(autouse=True, scope="module")
-def configured(shared_compilation_cache):
+def configured():
     session.configure_jax()
 
 

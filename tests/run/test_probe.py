@@ -31,7 +31,7 @@ BLOCK = {name: "self_attn" if name[0] in "qkvo" else "mlp" for name in PROJECTIO
 
 
 @pytest.fixture(autouse=True, scope="module")
-def configured(shared_compilation_cache):
+def configured():
     session.configure_jax()
 
 

@@ -44,7 +44,7 @@ FLAGS = {
     "custom": "--reward_function {root}/mine.py:reward",
 }
 
-pytestmark = [pytest.mark.usefixtures("shared_compilation_cache"), pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
