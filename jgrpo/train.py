@@ -136,7 +136,7 @@ class Loop:
             "the sampler follows the adapter: gap {probe/gap_mean:.1e} mean, {probe/gap_max:.1e} "
             "max (to the base: {probe/gap_to_base_mean:.1e})".format(**gaps)
         )
-        self.rounding = gaps["probe/gap_mean"]
+        self.rounding = gaps["probe/rounding"]
         self.publish(first)
         for probe in probes:
             shutil.rmtree(probe)  # only now: a server dies if a loaded adapter's folder goes

@@ -133,7 +133,7 @@ class Emptied:
         return held
 
     def load(self, folder):
-        self.is_probe = folder.name == "probe"
+        self.is_probe = folder.name.startswith("probe")
         self.sampler.load(folder)
 
     def sample(self, *args, **options):

@@ -31,6 +31,10 @@ PROBE_SHARE = {"float32": 0.01, "float16": 0.25, "bfloat16": 0.5}
 misses by all of it, one layer's projection that is left out by 0.08 and more; float32 rounding by
 1e-6, bfloat16 by 0.1 or more where the model is sure of its tokens."""
 
+PROBE_SIZES = 1, 2, 4, 8, 16, 32, 64
+"""How many times as large a probe is taken while it moves what is sampled by no more than 16 bits
+round: a model that is sure of what it writes is moved by 0.002 nats, and rounding is 0.001."""
+
 OF_THE_SAMPLER = ("sampler/logprob_diff_mean", "sampler/logprob_diff_max", "sampler/kl")
 GUARD_TOKENS = 4096
 """Of so many tokens the mean gap is known well enough, whichever they are."""
@@ -51,24 +55,43 @@ def check_sampler(
     (PROBE_SHIFT_NATS a token), and compare the sampler's logprobs with the trainer's. Each member
     has another one, so that two that are mixed up are found.
 
-    Returns the gap to the probe and to the base, of the member that is worst. Raises RunError if
-    the sampler does not follow an adapter (a fresh one, B = 0, would look right even if it were
-    ignored).
+    Returns the gap to the probe and to the base, of the member that is worst, and the largest mean
+    gap to a probe that was not made larger, which is rounding. Raises RunError if the sampler does
+    not follow an adapter (a fresh one, B = 0, would look right even if it were ignored). The
+    adapters stay in the folders: the last is still loaded.
     """
     prompts = probe_prompts(problems)
-    probes = []
-    for e, (config, folder) in enumerate(zip(configs, folders, strict=True)):
-        probes.append(_probe_adapter(policy, e, prompts, config))
+    probes = [_probe_adapter(policy, e, prompts, config) for e, config in enumerate(configs)]
+    for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
+    for size in PROBE_SIZES:
+        gaps = _probed(configs, policy, sampler, prompts, probes, folders, size)
+        moved = [np.abs(to_base - to_probe).mean() for to_probe, to_base in gaps]
+        if size == 1:
+            rounding = [float(np.abs(to_probe).mean()) for to_probe, _ in gaps]
+        if all(x > LARGEST_MEAN_GAP[c.dtype] for x, c in zip(moved, configs, strict=True)):
+            break
+    found = [_verdict(config, e, policy, size, *gaps[e]) for e, config in enumerate(configs)]
+    return max(found, key=lambda gap: gap["probe/gap_mean"]) | {"probe/rounding": max(rounding)}
+
+
+def _probed(
+    configs, policy, sampler, prompts, probes, folders, size: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The sampler's gaps to the trainer with a probe of this size, and to that without one, on
+    tokens sampled from the probe: float [tokens] both, of each member."""
+    probes = [_times(size, probe) for probe in probes]
+    folders = [folder / f"probe_{size}" for folder in folders]
+    for config, folder, probe in zip(configs, folders, probes, strict=True):
         shape = AdapterConfig(config.lora_r, config.lora_alpha, config.lora_target_modules)
-        adapters.save(probes[e], folder, shape, config.model_id)
+        adapters.save(probe, folder, shape, config.model_id)
     sampler.load(*folders)
     completions = short_completions(configs, range(len(configs)), sampler, prompts, 0)
-    gaps = [
-        _gaps(config, policy, e, probes[e], prompts, completions[e])
-        for e, config in enumerate(configs)
-    ]
-    return max(gaps, key=lambda gap: gap["probe/gap_mean"])
+
+    def gaps(e: int, adapter: nnx.State) -> np.ndarray:
+        return gaps_of(policy, e, adapter, prompts, completions[e], configs[e].temperature)
+
+    return [(gaps(e, probe), gaps(e, switched_off(probe))) for e, probe in enumerate(probes)]
 
 
 def probe_prompts(problems: Problems) -> list[list[int]]:
@@ -94,19 +117,11 @@ def short_completions(
     return {e: [g[0] for g in groups[i * n : (i + 1) * n]] for i, e in enumerate(members)}
 
 
-def _gaps(
-    config: Config,
-    policy: Policy,
-    e: int,
-    probe: nnx.State,
-    prompts: list[list[int]],
-    completions: Sequence[Completion],
+def _verdict(
+    config: Config, e: int, policy: Policy, size: int, to_probe: np.ndarray, to_base: np.ndarray
 ) -> dict[str, float]:
-    """Of a member's completions: to its probe adapter, and to the base. RunError as above."""
-    to_probe, to_base = (
-        np.abs(gaps_of(policy, e, adapter, prompts, completions, config.temperature))
-        for adapter in (probe, switched_off(probe))
-    )
+    """A member's figures, of a probe of this size. RunError as above."""
+    to_probe, to_base = np.abs(to_probe), np.abs(to_base)
     of_member = f"member {e}: " if len(policy.scales) > 1 else ""
     figures = (
         f"on {len(to_probe)} tokens sampled from a probe adapter, |logprob of the sampler - of the "
@@ -120,10 +135,13 @@ def _gaps(
             f"Are its logprobs those after the temperature {config.temperature} "
             "(processed_logprobs)?"
         )
-    if to_probe.max() > config.max_logprob_diff:
+    limit = config.max_logprob_diff
+    if size > 1:  # of a token that it moves far, 16 bits round more
+        limit = max(limit, PROBE_SHARE[config.dtype] * to_base.max())
+    if to_probe.max() > limit:
         raise RunError(
             f"{of_member}the sampler's policy is not the trainer's: {figures}, above "
-            f"max_logprob_diff={config.max_logprob_diff}. Same dtype? processed logprobs? (python "
+            f"max_logprob_diff={limit:.3g}. Same dtype? processed logprobs? (python "
             "-m jgrpo.serve starts the server as the trainer needs it)"
         )
     gaps = {"probe/gap_mean": to_probe.mean(), "probe/gap_max": to_probe.max(),
@@ -194,22 +212,28 @@ def _probe_adapter(policy: Policy, e: int, prompts: list[list[int]], config: Con
     heads, tails = [p[:1] for p in prompts], [p[1:] for p in prompts]
     before = _logprobs(policy, e, switched_off(like), heads, tails, 1.0)
 
-    def scaled(power: int) -> nnx.State:
-        return nnx.from_flat_state(
-            (path, leaf.replace(jnp.asarray(2.0**power * x)) if path[-1] == "lora_B" else leaf)
-            for x, (path, leaf) in zip(noise, fresh, strict=True)
-        )
-
+    normal = nnx.from_flat_state(
+        (path, leaf.replace(jnp.asarray(x)) if path[-1] == "lora_B" else leaf)
+        for x, (path, leaf) in zip(noise, fresh, strict=True)
+    )
     shifts: dict[int, float] = {}
     for power in range(-13, 3):
-        after = _logprobs(policy, e, scaled(power), heads, tails, 1.0)
+        after = _logprobs(policy, e, _times(2.0**power, normal), heads, tails, 1.0)
         shifts[power] = float(np.abs(after - before).mean())
         if shifts[power] > PROBE_SHIFT_NATS:
             break
     if (largest := max(shifts.values())) < LEAST_SHIFT_NATS:
         raise RunError("no adapter changes this model's logprobs: are its weights all zero?")
     wanted = PROBE_SHIFT_NATS if largest > PROBE_SHIFT_NATS else largest / 2
-    return scaled(next(power for power, shift in shifts.items() if shift > wanted))
+    return _times(2.0 ** next(p for p, shift in shifts.items() if shift > wanted), normal)
+
+
+def _times(size: float, adapter: nnx.State) -> nnx.State:
+    """The adapter with B's so many times as large."""
+    return nnx.from_flat_state(
+        (path, leaf.replace(size * leaf[...]) if path[-1] == "lora_B" else leaf)
+        for path, leaf in nnx.to_flat_state(adapter)
+    )
 
 
 def gaps_of(policy: Policy, e, adapter, prompts, completions: Sequence[Completion], temperature):

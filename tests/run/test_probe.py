@@ -73,7 +73,7 @@ def test_the_probe_leaves_the_policy_alone(parts, tmp_path):
     before = str(parts[1].adapter)
     probe(parts, tmp_path)
     assert str(parts[1].adapter) == before
-    written = json.loads((tmp_path / "probe" / "adapter_config.json").read_text())
+    written = json.loads((tmp_path / "probe/probe_1/adapter_config.json").read_text())
     assert written["r"] == 2
     assert written["lora_alpha"] == 4
 
@@ -84,6 +84,21 @@ def test_a_sampler_that_ignores_the_adapter_is_caught(parts, tmp_path, monkeypat
     fresh = open_sampler(config, policy, problems.stop_token_ids, "t")
     with pytest.raises(RunError, match="does not follow the adapter"):
         check_sampler([config], policy, fresh, problems, [tmp_path / "probe"])
+
+
+def test_a_probe_that_hardly_moves_what_is_sampled_is_made_larger(root, tmp_path, monkeypatch):
+    """In 16 bits a right sampler misses such a one by as much as one that ignores it (through vLLM
+    9 of 20 seeds of the quick start's model were refused)."""
+    monkeypatch.setattr(probe_module, "PROBE_SHIFT_NATS", 0.01)
+    parts = open_parts(tiny_config(root, dtype="bfloat16"))
+    gaps = probe(parts, tmp_path)
+    assert gaps["probe/gap_to_base_mean"] > 0.1
+    assert gaps["probe/rounding"] < 0.02
+    assert {"probe_1", "probe_2"} <= {f.name for f in (tmp_path / "probe").iterdir()}
+    monkeypatch.setattr(JaxSampler, "load", lambda self, folder: None)
+    fresh = open_sampler(parts[0], parts[1], parts[2].stop_token_ids, "t")
+    with pytest.raises(RunError, match="does not follow the adapter"):
+        probe((*parts[:3], fresh), tmp_path)
 
 
 def test_a_sampler_that_mixes_two_members_up_is_caught(root, tmp_path, monkeypatch):
@@ -148,7 +163,7 @@ def test_logprobs_from_before_the_temperature_are_caught(
     parts = open_parts(tiny_config(root, dtype=dtype, temperature=temperature))
     probe(parts, tmp_path)
     raw_logprobs(monkeypatch, parts[1])
-    with pytest.raises(RunError, match="processed_logprobs"):
+    with pytest.raises(RunError, match=r"processed.logprobs"):
         probe(parts, tmp_path)
 
 
@@ -218,7 +233,7 @@ def test_a_step_whose_samples_are_another_policy_s_is_not_kept(root, monkeypatch
     real = JaxSampler.load
 
     def load(self, folder: Path) -> None:
-        if folder.name <= "step_000001" or folder.name == "probe":
+        if folder.name <= "step_000001" or folder.name.startswith("probe"):
             real(self, folder)
 
     monkeypatch.setattr(JaxSampler, "load", load)
