@@ -9,7 +9,7 @@ from jgrpo.errors import InputError, exit_status, printable, stop_at_once
 if __name__ == "__main__":
     stop_at_once()
 from jgrpo import cli
-from jgrpo.run.without_torch import leave_out_torch
+from jgrpo.run.without_torch import leave_out_torch, torch_again
 
 if __name__ == "__main__":  # before JAX is imported: help and mistakes are answered at once
     cli.tune_allocator()
@@ -159,6 +159,7 @@ def notes(sets: dict[str, Problems], problems: Problems) -> list[str]:
 
 
 if __name__ == "__main__":
+    torch_again()
     with exit_status():
         run(COMMAND)
         sys.stdout.flush()

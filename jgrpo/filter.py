@@ -10,7 +10,7 @@ from jgrpo.errors import exit_status, printable, stop_at_once
 if __name__ == "__main__":
     stop_at_once()
 from jgrpo import cli
-from jgrpo.run.without_torch import leave_out_torch
+from jgrpo.run.without_torch import leave_out_torch, torch_again
 
 if __name__ == "__main__":  # before JAX is imported: help and mistakes are answered at once
     cli.tune_allocator()
@@ -96,5 +96,6 @@ def summary(rates: np.ndarray, k: int) -> list[str]:
 
 
 if __name__ == "__main__":
+    torch_again()
     with exit_status():
         measure(COMMAND)

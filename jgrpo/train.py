@@ -10,7 +10,7 @@ from jgrpo.errors import RunError, exit_status, no_more_interrupts, stop_at_once
 if __name__ == "__main__":
     stop_at_once()
 from jgrpo import cli
-from jgrpo.run.without_torch import leave_out_torch
+from jgrpo.run.without_torch import leave_out_torch, torch_again
 
 if __name__ == "__main__":  # before JAX is imported: help and mistakes are answered at once
     cli.tune_allocator()
@@ -298,6 +298,7 @@ def step_metrics(rollout: Rollout, advantages: np.ndarray) -> dict[str, float]:
 
 
 def main() -> None:
+    torch_again()
     with exit_status():
         configs = COMMAND.members
         join(COMMAND.coordinator_address, COMMAND.num_processes, COMMAND.process_id)

@@ -33,7 +33,7 @@ from jgrpo.config import Config
 from jgrpo.errors import InputError, RunError, interruptible, no_more_interrupts, printable
 from jgrpo.members import shared_options
 from jgrpo.run.rundir import jsonable, read_config, read_metrics, write_whole
-from jgrpo.run.without_torch import leave_out_torch
+from jgrpo.run.without_torch import leave_out_torch, torch_again
 from jgrpo.study.fit import what_fits
 from jgrpo.study.variants import Variant
 
@@ -213,6 +213,7 @@ def _start_worker(counter: Any, n_workers: int, ending: Any, configs: list[Confi
 def _run(train: Train, group: Sequence[Job]) -> str:
     """Train the runs of a group, their output in a log beside the first one's folder -> what went
     wrong, or nothing."""
+    torch_again()
     if _ending is not None and _ending.is_set():
         return "not begun"
     gc.collect()  # arrays of the group before lie in cycles, and the collector comes seldom
