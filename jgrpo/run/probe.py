@@ -64,15 +64,16 @@ def check_sampler(
     probes = [_probe_adapter(policy, e, prompts, config) for e, config in enumerate(configs)]
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
+    tried = []
     for size in PROBE_SIZES:
-        gaps = _probed(configs, policy, sampler, prompts, probes, folders, size)
-        moved = [np.abs(to_base - to_probe).mean() for to_probe, to_base in gaps]
-        if size == 1:
-            rounding = [float(np.abs(to_probe).mean()) for to_probe, _ in gaps]
+        tried.append(_probed(configs, policy, sampler, prompts, probes, folders, size))
+        moved = [np.abs(to_base - to_probe).mean() for to_probe, to_base in tried[-1]]
         if all(x > LARGEST_MEAN_GAP[c.dtype] for x, c in zip(moved, configs, strict=True)):
             break
-    found = [_verdict(config, e, policy, size, *gaps[e]) for e, config in enumerate(configs)]
-    return max(found, key=lambda gap: gap["probe/gap_mean"]) | {"probe/rounding": max(rounding)}
+    first, last = tried[0], tried[-1]
+    found = [_verdict(c, e, policy, first[e][0], *last[e]) for e, c in enumerate(configs)]
+    rounding = max(float(np.abs(to_probe).mean()) for to_probe, _ in first)
+    return max(found, key=lambda gap: gap["probe/gap_mean"]) | {"probe/rounding": rounding}
 
 
 def _probed(
@@ -118,9 +119,10 @@ def short_completions(
 
 
 def _verdict(
-    config: Config, e: int, policy: Policy, size: int, to_probe: np.ndarray, to_base: np.ndarray
+    config: Config, e: int, policy: Policy, to_first: np.ndarray, to_probe: np.ndarray, to_base
 ) -> dict[str, float]:
-    """A member's figures, of a probe of this size. RunError as above."""
+    """A member's figures. RunError as above; of one token the gap to the first probe counts, since
+    16 bits round more where a larger one moves it far."""
     to_probe, to_base = np.abs(to_probe), np.abs(to_base)
     of_member = f"member {e}: " if len(policy.scales) > 1 else ""
     figures = (
@@ -135,14 +137,11 @@ def _verdict(
             f"Are its logprobs those after the temperature {config.temperature} "
             "(processed_logprobs)?"
         )
-    limit = config.max_logprob_diff
-    if size > 1:  # of a token that it moves far, 16 bits round more
-        limit = max(limit, PROBE_SHARE[config.dtype] * to_base.max())
-    if to_probe.max() > limit:
+    if (largest := np.abs(to_first).max()) > config.max_logprob_diff:
         raise RunError(
-            f"{of_member}the sampler's policy is not the trainer's: {figures}, above "
-            f"max_logprob_diff={limit:.3g}. Same dtype? processed logprobs? (python "
-            "-m jgrpo.serve starts the server as the trainer needs it)"
+            f"{of_member}the sampler's policy is not the trainer's: {figures}; "
+            f"{largest:.2g} is above max_logprob_diff={config.max_logprob_diff}. Same dtype? "
+            "processed_logprobs? (python -m jgrpo.serve starts the server as the trainer needs it)"
         )
     gaps = {"probe/gap_mean": to_probe.mean(), "probe/gap_max": to_probe.max(),
             "probe/gap_to_base_mean": to_base.mean()}  # fmt: skip

@@ -163,7 +163,7 @@ def test_logprobs_from_before_the_temperature_are_caught(
     parts = open_parts(tiny_config(root, dtype=dtype, temperature=temperature))
     probe(parts, tmp_path)
     raw_logprobs(monkeypatch, parts[1])
-    with pytest.raises(RunError, match=r"processed.logprobs"):
+    with pytest.raises(RunError, match="processed_logprobs"):
         probe(parts, tmp_path)
 
 
