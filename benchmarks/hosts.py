@@ -11,7 +11,6 @@ only. Last line: one JSON document.
 
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
-from loading import write
+from loading import free_port, write
 from speed import LLAMA_135M
 
 WORKER = """
@@ -90,9 +89,7 @@ class Side:
     """One or two processes."""
 
     def __init__(self, folder: str, n: int, args: Args):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            address = f"127.0.0.1:{free.getsockname()[1]}"
+        address = f"127.0.0.1:{free_port()}"
         cores = sorted(os.sched_getaffinity(0))
         self.processes = [
             subprocess.Popen(

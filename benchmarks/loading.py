@@ -9,7 +9,6 @@ against the bytes of the parameters that its device has. Linux only. Last line: 
 """
 
 import json
-import socket
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,9 @@ from transformers import AutoConfig
 from jgrpo.policy.lora import split
 from jgrpo.policy.model import Decoder, ModelConfig
 from jgrpo.policy.weights import tensor_names
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from ports import free_port
 
 SHARD_BYTES = 500_000_000
 SHAPE = {
@@ -101,9 +103,7 @@ def _flush(folder: Path, shard: dict, index: dict) -> None:
 
 def main() -> None:
     args = tyro.cli(Args)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     with tempfile.TemporaryDirectory() as name:
         write(Path(name), SHAPE)
         given = [name, args.dtype, address, str(args.n_processes)]

@@ -29,7 +29,6 @@ from jgrpo.run.policy import Policy, open_policy
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from vllm_server import SMALL, vllm_server
 
-del SMALL["OMP_NUM_THREADS"]  # as many as `jgrpo.serve` gives it, not the one of tests
 ROOT = Path(__file__).parents[1]
 TINY_BASE = Path(jgrpo.__file__).with_name("tiny") / "base"
 
@@ -90,7 +89,11 @@ def main() -> None:
         adapter = Path(folder) / "adapter"
         save(policy.adapter, adapter, AdapterConfig(1, 32, config.lora_target_modules), "")
         fields = {"max_tokens": args.tokens, "max_prompt_tokens": args.prompt_tokens}
-        with vllm_server(args.model, Path(folder) / "log", dtype="float32", **fields) as url:
+        # As many threads as `jgrpo.serve` gives it, not the one of tests.
+        environ = {name: value for name, value in SMALL.items() if name != "OMP_NUM_THREADS"}
+        with vllm_server(
+            args.model, Path(folder) / "log", dtype="float32", environ=environ, **fields
+        ) as url:
             both = samplers(args, policy, url)
             for sampler in both.values():
                 sampler.load(adapter)

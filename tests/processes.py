@@ -11,7 +11,6 @@ import argparse
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from types import SimpleNamespace
 
 import numpy as np
 from chaos import WATCHED, await_a_moment
+from ports import free_port
 from tiny_run import (
     arrays_of,
     comparable,
@@ -38,9 +38,7 @@ ROOT = Path(__file__).parent.parent
 
 def start(argv: list[str], n: int) -> list[subprocess.Popen]:
     """The same command in n processes; one alone without the options of several."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     several = ["--coordinator_address", address, "--num_processes", str(n), "--process_id"]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     return [

@@ -6,18 +6,18 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import ssl
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import httpx
+from ports import free_port, is_free
 
 from jgrpo.config import Config
 from jgrpo.serve import command, environment, runs_on_cpu
@@ -28,7 +28,7 @@ SMALL = {
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",  # the models are small, and other tests run beside
 }
-"""What a server of tests finds in its environment, unless something else is there."""
+"""What a server of tests finds in its environment (`environ`), unless something else is there."""
 
 
 @contextlib.contextmanager
@@ -41,6 +41,7 @@ def vllm_server(
     url: str = "",
     max_loras: int = 1,
     head_dtype: str = "",
+    environ: Mapping[str, str] = SMALL,
     **fields: Any,
 ) -> Iterator[str]:
     """Yield the URL of a server for the model folder; stop it and its children afterwards.
@@ -50,10 +51,10 @@ def vllm_server(
     of a server that was there before. Raises RuntimeError with the end of the log if it does not
     come up.
     """
-    url = url or f"http://127.0.0.1:{_free_port()}"
+    url = url or f"http://127.0.0.1:{free_port()}"
     config = Config(**{"model_id": str(model), "dtype": "float32", "vllm_url": url, **fields})
     cpu = runs_on_cpu()
-    inherited = {**SMALL, **os.environ}
+    inherited = {**environ, **os.environ}
     with log_file.open("w") as log:
         server = subprocess.Popen(
             [*command(config, cpu=cpu, max_loras=max_loras, head_dtype=head_dtype), *extra],
@@ -73,7 +74,7 @@ def vllm_server(
 def fleet_server(config: Config, log_file: Path, devices: str = "0,1") -> Iterator[list[str]]:
     """Yield the URLs that `jgrpo.serve --devices` prints once all servers are well; then end it as
     Ctrl-C does."""
-    port = next(p for p in range(_free_port(), 65_000) if _is_free(p) and _is_free(p + 1))
+    port = next(p for p in range(free_port(), 65_000) if is_free(p) and is_free(p + 1))
     fields = "model_id", "dtype", "lora_r", "max_tokens", "max_prompt_tokens"
     flags = [word for f in fields for word in (f"--{f}", str(getattr(config, f)))]
     with log_file.open("w") as log:
@@ -90,17 +91,6 @@ def fleet_server(config: Config, log_file: Path, devices: str = "0,1") -> Iterat
     finally:
         serve.send_signal(signal.SIGINT)
         serve.wait(timeout=60)
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as listener:
-        return listener.connect_ex(("127.0.0.1", port)) != 0
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def _wait_for_health(url: str, server: subprocess.Popen, log_file: Path, deadline: float) -> None:
