@@ -303,7 +303,7 @@ def test_ctrl_c_ends_with_130_and_the_command_that_goes_on(root, tmp_path):
     assert "Traceback" not in err
     last = int(re.findall(r"stopped after step (\d+)", out)[0])
     assert last >= 2
-    assert read_metrics(folder)[-1]["step"] in (last, last + 1)  # it may come after the line
+    assert read_metrics(folder)[-1]["step"] == last
     go_on = start("--resume", str(folder), "--n_grpo_steps", str(last + 2))
     out, err = go_on.communicate(timeout=120)
     assert go_on.returncode == 0, err

@@ -9,6 +9,7 @@ import numpy as np
 
 from jgrpo.advantages import group_advantages, leave_one_out
 from jgrpo.config import Config
+from jgrpo.errors import interrupts_later
 from jgrpo.policy.batch import Rows
 from jgrpo.run.alike import Alike
 from jgrpo.run.differences import run_names
@@ -53,8 +54,9 @@ class Member:
     def tell(self, step: int, metrics: dict[str, float], lines: list[dict], skipped: int) -> str:
         """Log a step, which is whole now, and warn of updates that were skipped -> why it has to
         end, if so many were `skipped` in a row."""
-        self.log.log(step, metrics, lines)
-        self.record.keep(step, self.state)
+        with interrupts_later():  # or the step that is logged last is not the one that is saved
+            self.log.log(step, metrics, lines)
+            self.record.keep(step, self.state)
         if message := self.alike.after(step, metrics):
             self.log.info(message, style="yellow")
         if not metrics["train/skipped_updates"]:
