@@ -77,7 +77,8 @@ def test_the_algorithm_on_a_page_learns(tmp_path):
     text = file.read_text("utf-8")
     assert len(text.splitlines()) <= 80
     assert set(re.findall(r"jgrpo\.(\w+)", text)) - {"train"} <= set(jgrpo.__all__)
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}  # it computes long enough
+    # It computes longer than the other tests: XLA's optimizations are worth their time, LLVM's not.
+    env = os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"].replace("level=0", "level=1")}
     done = subprocess.run([sys.executable, file], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout.split("held out: ")[1]) >= 0.8, done.stdout

@@ -33,7 +33,7 @@ def config(tmp_path_factory):
     quick_start = load_config(Path(jgrpo.__file__).parent / "configs" / "tiny.py")
     config = replace(
         quick_start, dtype="bfloat16", rollout="vllm", n_grpo_steps=STEPS, lr=1e-3,
-        n_prompts_per_step=4, group_size=32, eval_every=0, max_tokens=48, micro_batch_size=32,
+        n_prompts_per_step=2, group_size=32, eval_every=0, max_tokens=48, micro_batch_size=32,
     )  # fmt: skip
     with vllm_server(
         Path(config.model_id), tmp_path_factory.mktemp("log") / "server.log", dtype="bfloat16",

@@ -287,6 +287,7 @@ def start(*args: str) -> subprocess.Popen:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("shared_compilation_cache")
 def test_ctrl_c_ends_with_130_and_the_command_that_goes_on(root, tmp_path):
     folder = tmp_path / "run"
     config = tiny_config(root, n_grpo_steps=100_000, eval_every=0, run_dir=str(folder))

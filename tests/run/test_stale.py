@@ -126,17 +126,17 @@ def policy(root):
     return config, open_policies([config])
 
 
+@jax.jit(static_argnums=0)
+def of_batch(graph, adapter, base, batch):
+    return token_logprobs(nnx.merge(graph, adapter, base), batch)[0]
+
+
 def logprobs_in_16_bits(config, policy, adapter, rows):
     adapter = side_by_side(stacked_up([adapter]), policy.scales)
     n, found = len(rows.completions), {}
     limits = {"max_prompt_tokens": config.max_prompt_tokens, "max_tokens": config.max_tokens}
-
-    @jax.jit
-    def logprobs(adapter, base, batch):
-        return token_logprobs(nnx.merge(policy.graph, adapter, base), batch)[0]
-
     for batch in micro_batches(rows, np.arange(n), micro_batch_size=n, **limits):
-        values = np.asarray(logprobs(adapter, policy.base, batch))
+        values = np.asarray(of_batch(policy.graph, adapter, policy.base, batch))
         found |= dict(zip(batch.completions.tolist(), values, strict=True))
     return [found[i][: len(c)].tolist() for i, c in enumerate(rows.completions)]
 
