@@ -343,7 +343,7 @@ def kept_picture():
         yield
 
 
-MOST_RESIDENT_BYTES = 2 * 1024**3
+MOST_RESIDENT_BYTES = 1536 * 1024**2
 
 
 @pytest.fixture(scope="module", autouse=True)
