@@ -10,7 +10,7 @@ import time
 
 import httpx
 import pytest
-from vllm_server import _free_port
+from ports import free_port
 
 from jgrpo.errors import RunError
 from jgrpo.rollout import fleet
@@ -38,7 +38,7 @@ def quick(monkeypatch):
 
 
 def member(device: str, code: str = SERVER) -> Member:
-    port = _free_port()
+    port = free_port()
     return Member(device, f"http://127.0.0.1:{port}", [sys.executable, "-c", code, str(port)])
 
 
