@@ -14,11 +14,12 @@ os.environ.setdefault(
     "HF_HUB_OFFLINE", "1"
 )  # no test needs the hub; without it one is asked for long
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # an accelerator's float32 matmul is not float32
-# Most of a tiny model's time is compilation: without LLVM's optimizations, and with XLA's older
-# emitters of fusions, it takes a third.
+# Most of a tiny model's time is compilation: without LLVM's optimizations, with XLA's older
+# emitters of fusions, and not cut up for several cores (other workers have them), a third.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    + " --xla_cpu_parallel_codegen_split_count=1"
     + " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
 )
 # Of what a test compiles, few other tests compile the same, and writing it down took a sixth of the
@@ -42,7 +43,9 @@ import jgrpo
 from jgrpo.answers.grader import Grader
 from jgrpo.policy.batch import MicroBatch, Rows, Shape, _fill, _pack, bucket
 from jgrpo.policy.lora import LoRAParam, nth, split, stacked_up
+from jgrpo.rollout import embedded
 from jgrpo.run import record, session
+from jgrpo.update import programs, step
 from jgrpo.update.learner import Learner
 from jgrpo.update.step import Update
 
@@ -342,15 +345,19 @@ def kept_picture():
         yield
 
 
-MOST_RESIDENT_BYTES = 1536 * 1024**2
+# All that a process has compiled, not the last few: the next test has use for some.
+embedded._programs = functools.cache(embedded._programs.__wrapped__)
+step.shared = functools.cache(programs.shared.__wrapped__)
+MOST_RESIDENT_BYTES = 2 * 1024**3
 
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs():
-    """Compiled programs are most of a worker's memory. The next file has use for some, so they stay
-    while there is room."""
+    """Compiled programs are most of a worker's memory. They stay while there is room."""
     yield
     if resident_bytes() > MOST_RESIDENT_BYTES:
+        embedded._programs.cache_clear()
+        step.shared.cache_clear()
         jax.clear_caches()
 
 

@@ -246,12 +246,12 @@ def gaps_of(policy: Policy, e, adapter, prompts, completions: Sequence[Completio
 def _logprobs(policy, e, adapter, prompts, completions, temperature) -> np.ndarray:
     """The trainer's logprobs of all completion tokens, one after another, by an adapter of member
     e's shape."""
-    blank = [[0.0] * len(c) for c in completions]
-    rows = Rows(prompts, completions, blank, np.zeros(len(prompts), np.float32))
-    # One limit for all, so that most have the same shape: each is a compilation.
+    # One limit for all, and each prompt alone (many begin with the same token, which would make
+    # them a group), so that most have the same shape: each is a compilation.
     limits = {"max_prompt_tokens": max(map(len, prompts)), "max_tokens": max(map(len, completions))}
     values = []
-    for i in range(len(prompts)):
-        (batch,) = micro_batches(rows, np.array([i]), micro_batch_size=1, **limits)
+    for prompt, completion in zip(prompts, completions, strict=True):
+        rows = Rows([prompt], [completion], [[0.0] * len(completion)], np.zeros(1, np.float32))
+        (batch,) = micro_batches(rows, np.array([0]), micro_batch_size=1, **limits)
         values.append(policy.logprobs(e, adapter, batch, temperature)[batch.mask > 0])
     return np.concatenate(values)

@@ -20,7 +20,7 @@ from jgrpo.rollout.embedded import JaxSampler
 from jgrpo.rollout.protocol import Completion
 from jgrpo.run import probe as probe_module
 from jgrpo.run import session
-from jgrpo.run.policy import open_policies
+from jgrpo.run.policy import Policy, open_policies
 from jgrpo.run.probe import check_sampler, gap_problem
 from jgrpo.run.rundir import read_metrics
 from jgrpo.run.sampler import open_sampler
@@ -67,6 +67,20 @@ def edit(monkeypatch, change) -> None:
 def test_a_sampler_that_follows_the_adapter_passes(parts, tmp_path):
     gaps = probe(parts, tmp_path)
     assert gaps["probe/gap_max"] < 1e-4 < 0.05 < gaps["probe/gap_to_base_mean"]
+
+
+def test_the_trainer_s_side_of_the_probe_is_one_program(parts, tmp_path, monkeypatch):
+    """The prompts begin with the same token, after which the probe cuts them: still four."""
+    real, shapes = Policy.logprobs, set()
+
+    def logprobs(self, e, adapter, batch, temperature):
+        shapes.add(tuple(x.shape for x in batch))
+        return real(self, e, adapter, batch, temperature)
+
+    monkeypatch.setattr(Policy, "logprobs", logprobs)
+    assert len({p.prompt_ids[0] for p in parts[2].train}) == 1
+    probe(parts, tmp_path)
+    assert len(shapes) == 1
 
 
 def test_the_probe_leaves_the_policy_alone(parts, tmp_path):
