@@ -8,7 +8,9 @@ variance of its input, and norm weights, biases and B are far from 1, 0 and 0.
 import functools
 import gc
 import os
+import runpy
 import signal
+import sys
 
 os.environ.setdefault(
     "HF_HUB_OFFLINE", "1"
@@ -229,6 +231,20 @@ def adapted(folder: Path, rank: int, alpha: float = 32):
     model = jgrpo.load_model(str(folder), lora_r=rank, lora_alpha=alpha)
     graph, adapter, base = split(model)
     return graph, with_random_b(adapter), base
+
+
+def as_main(module: str, *arguments: str) -> None:
+    """Run a command of the package as `python -m` does, in this process, whose handlers of Ctrl-C
+    and SIGTERM come back."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [module, *arguments])
+        patch.delitem(sys.modules, f"jgrpo.{module}", raising=False)
+        try:
+            runpy.run_module(f"jgrpo.{module}", run_name="__main__")
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
 
 def merged(graph, adapter, base):

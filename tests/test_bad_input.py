@@ -8,7 +8,6 @@ import contextlib
 import ctypes
 import json
 import os
-import runpy
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import pytest
-from conftest import OneLearner
+from conftest import OneLearner, as_main
 from safetensors.numpy import load_file, save_file
 from tiny_run import tiny_config, write_base, write_config_file, write_prm, write_problems
 
@@ -735,13 +734,10 @@ def plain_user() -> Iterator[None]:
         assert libc.capset(header, sets) == 0
 
 
-def refusal(line: str, monkeypatch, capsys) -> str:
-    """Run a command of the package as `python -m` does -> its stderr; it must end with status 2."""
-    module, *arguments = line.split()
-    monkeypatch.setattr(sys, "argv", [module, *arguments])
-    monkeypatch.delitem(sys.modules, f"jgrpo.{module}", raising=False)
+def refusal(line: str, capsys) -> str:
+    """Run a command -> its stderr; it must end with status 2."""
     with pytest.raises(SystemExit) as end:
-        runpy.run_module(f"jgrpo.{module}", run_name="__main__")
+        as_main(*line.split())
     out, err = capsys.readouterr()
     assert end.value.code == 2, out + err
     assert 'File "' not in err.replace('File "r.py"', "")  # a traceback of ours
@@ -756,11 +752,11 @@ SOME = [*CASES][::4]  # of a bare pytest
     "name",
     [pytest.param(name, marks=[] if name in SOME else [pytest.mark.slow]) for name in CASES],
 )
-def test_bad_input_is_refused_with_its_name_and_the_remedy(name, place, monkeypatch, capsys):
+def test_bad_input_is_refused_with_its_name_and_the_remedy(name, place, capsys):
     case = CASES[name]
     case.damage(place)
     before = contents(place)
-    said = refusal(case.line, monkeypatch, capsys)
+    said = refusal(case.line, capsys)
     print(said)
     for words in case.says:
         assert words in said
@@ -768,13 +764,13 @@ def test_bad_input_is_refused_with_its_name_and_the_remedy(name, place, monkeypa
 
 
 @pytest.mark.parametrize("name", PERMISSIONS)
-def test_what_may_not_be_read_or_written_is_named(name, place, monkeypatch, capsys):
+def test_what_may_not_be_read_or_written_is_named(name, place, capsys):
     case = PERMISSIONS[name]
     before = contents(place)
     modes = {path: path.stat().st_mode for path in place.rglob("*")}
     case.damage(place)
     with plain_user():
-        said = refusal(case.line, monkeypatch, capsys)
+        said = refusal(case.line, capsys)
     for words in case.says:
         assert words in said
     for path, bits in modes.items():

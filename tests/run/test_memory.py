@@ -1,12 +1,11 @@
 """What `--dry_run` says of memory: counted by hand, compiled, and before weights are read."""
 
 import re
-import runpy
-import sys
 
 import jax
 import numpy as np
 import pytest
+from conftest import as_main
 from jax.errors import JaxRuntimeError
 from tiny_run import (
     comparable,
@@ -83,10 +82,8 @@ def test_a_dry_run_reads_no_weights_and_leaves_nothing(root, tmp_path, monkeypat
     (tmp_path / "base" / "model.safetensors").unlink()
     config = tiny_config(root, model_id=str(tmp_path / "base"), base_dir=str(tmp_path / "runs"))
     file = write_config_file(tmp_path / "c.py", config)
-    monkeypatch.setattr(sys, "argv", ["train", "--config", str(file), "--dry_run"])
     monkeypatch.setenv("GLIBC_TUNABLES", "")  # or else the process starts itself again
-    monkeypatch.delitem(sys.modules, "jgrpo.train")
-    runpy.run_module("jgrpo.train", run_name="__main__")
+    as_main("train", "--config", str(file), "--dry_run")
     said = capsys.readouterr().out
     assert re.search(r"training phase at its peak +0\.\d{3} GiB", said)
     assert "the embedded sampler decodes 32 of 32 completions at once" in said
