@@ -11,7 +11,7 @@ judge than rounding explains. Takes ten minutes of two cores, most of it compila
 
 import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -147,7 +147,8 @@ def measured(side: Ours | Theirs, config: Config, updates: int) -> Measured:
     rollouts = [side.rollout(lines, config) for lines in side.setting.rollouts]
     of_one_update = side.gradient(whole_rollout(config), rollouts[0])
     n_rollouts = -(-updates // config.updates_per_rollout)
-    return Measured(*of_one_update, side.moved(config, islice(cycle(rollouts), n_rollouts)))
+    enough = replace(config, n_grpo_steps=max(1, n_rollouts))  # learning rates are of so many
+    return Measured(*of_one_update, side.moved(enough, islice(cycle(rollouts), n_rollouts)))
 
 
 def relative_error(got: Arrays, expected: Arrays) -> float:
