@@ -16,6 +16,7 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import torch
 import tyro
@@ -147,7 +148,7 @@ def measured(side: Ours | Theirs, config: Config, updates: int) -> Measured:
     rollouts = [side.rollout(lines, config) for lines in side.setting.rollouts]
     of_one_update = side.gradient(whole_rollout(config), rollouts[0])
     n_rollouts = -(-updates // config.updates_per_rollout)
-    enough = replace(config, n_grpo_steps=max(1, n_rollouts))  # learning rates are of so many
+    enough = replace(config, n_grpo_steps=max(config.n_grpo_steps, n_rollouts))  # of learning rates
     return Measured(*of_one_update, side.moved(enough, islice(cycle(rollouts), n_rollouts)))
 
 
@@ -257,6 +258,7 @@ def compare(args: Args) -> list[Row]:
             results = (measured(side, config, args.updates) for side in (ours, theirs, judge))
             rows.append(compared(name, *results, plain))
             print(name, file=sys.stderr)
+            jax.clear_caches()  # the programs of 22 are more mappings than Linux gives a process
     show(rows)
     if args.out:
         args.out.write_text(markdown(rows))
