@@ -258,7 +258,7 @@ def compare(args: Args) -> list[Row]:
             results = (measured(side, config, args.updates) for side in (ours, theirs, judge))
             rows.append(compared(name, *results, plain))
             print(name, file=sys.stderr)
-            jax.clear_caches()  # the programs of 22 are more mappings than Linux gives a process
+            jax.clear_caches()  # kept, those of 22 variants ended in "Cannot allocate memory"
     show(rows)
     if args.out:
         args.out.write_text(markdown(rows))
